@@ -1,6 +1,6 @@
-"""What the ``isolation:`` of a profile, a file or a notebook says, checked, and laid over each other.
+"""Validate and merge the ``isolation`` sections of profiles, files and notebooks.
 
-Imports ``model``, ``errors``, ``files``, ``limits_values`` and ``limits_yaml``.
+Pure; imports ``model``, ``errors``, ``files`` and its siblings ``values`` and ``yaml_source``.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ _CHOICES: Mapping[str, type[FolderUse | RepositoryUse | SystemCalls]] = {
     "system_calls": SystemCalls,
 }
 
-# The value that walls off more; ``True`` for the other keys.
+# The stricter value of a switch; ``True`` for the keys that are not listed.
 _STRICTER_IF = {"network": False, "write_back": False}
+# From the loosest to the strictest. A copy can still be written, so it comes before READ.
 _ORDER: Mapping[str, list[Any]] = {
     "folder": [FolderUse.WRITE, FolderUse.COPY, FolderUse.READ],
     "repository": list(RepositoryUse),
@@ -44,6 +45,7 @@ def parse(entries: Mapping[str, Value]) -> dict[str, Any]:
 
     def place(key: str, index: int | None) -> str:
         value = entries[key]
+        # Each item of a list has its own line in the file.
         if index is not None and isinstance(value.data, tuple):
             value = value.data[index]
         return value.location
@@ -53,17 +55,19 @@ def parse(entries: Mapping[str, Value]) -> dict[str, Any]:
 
 
 def of_mapping(walls: Mapping[Any, object], error_prefix: str) -> dict[str, Any]:
-    """Check keys and values of JSON or Python. Raises LimitsError that begins with ``error_prefix``."""
+    """Validate JSON or Python values. Raises LimitsError, which begins with ``error_prefix``."""
     return _changes(walls, lambda _key, _index: error_prefix)
 
 
 def _changes(
     plain: Mapping[Any, object], place: Callable[[Any, int | None], str], *, section: str = ""
 ) -> dict[str, Any]:
-    """The values by the names of fields. ``place`` says where a key, or an item of it, stands."""
+    """Return the values by field name. ``place`` locates a key or one of its items."""
     keys: dict[str, Any] = {}
     for key in plain:
+        # Both spellings are valid, as for limits.
         name = str(key).replace("-", "_")
+        # msgspec rejects unknown keys too, but cannot suggest the nearest one.
         if name not in KEYS:
             raise LimitsError(
                 f"{place(key, None)}: unknown key {one_line(key)!r}{section}; {nearest(str(key), KEYS)}"
@@ -72,6 +76,7 @@ def _changes(
     try:
         changes = msgspec.convert({name: plain[key] for name, key in keys.items()}, _type())
     except msgspec.ValidationError as error:
+        # msgspec's error has the path of the value only; users need the file and the line.
         problem, name, index = _located(error)
         raise LimitsError(
             f"{place(keys[name], index)}: {name}: {_explanation(name, problem)}"
@@ -86,7 +91,9 @@ def _changes(
 
 @cache
 def _type() -> type[msgspec.Struct]:
-    """``Isolation`` with every key optional; a list may be left empty (null)."""
+    """Return a variant of ``Isolation`` with optional keys; a list may be null."""
+    # UNSET distinguishes a missing key from one with the default value: only the latter overrides
+    # the profile below.
     fields: list[Any] = [
         (name, (hint | None if name in _LISTS else hint) | UnsetType, UNSET)
         for name, hint in get_type_hints(Isolation).items()
@@ -94,7 +101,7 @@ def _type() -> type[msgspec.Struct]:
     return msgspec.defstruct("IsolationChanges", fields, kw_only=True, forbid_unknown_fields=True)
 
 
-# The text of a ValidationError of msgspec.
+# The text of msgspec.ValidationError, which has no attributes for its parts.
 _PROBLEM = re.compile(r"(?s)(?P<problem>.*) - at `\$\.(?P<name>\w+)(?:\[(?P<index>\d+)\])?`")
 _TYPES = re.compile(r"Expected `(.+)`, got `(.+)`")
 _EXPECTED = {"bool": "true or false", "str": "text", "array | null": "a list"}
@@ -110,7 +117,7 @@ _FOUND = {
 
 
 def _located(error: msgspec.ValidationError) -> tuple[str, str, int | None]:
-    """The problem, the field, and the index of the item in it, if it is one of a list."""
+    """Return the problem, the field, and the index of the item if the field is a list."""
     match = _PROBLEM.fullmatch(str(error))
     assert match is not None
     return match["problem"], match["name"], None if match["index"] is None else int(match["index"])
@@ -124,6 +131,7 @@ def _explanation(name: str, problem: str) -> str:
             for table, word in zip((_EXPECTED, _FOUND), match.groups(), strict=True)
         )
         return f"expected {expected}, found {actual}"
+    # The remaining problem is a word that the enum does not have.
     word = problem.removeprefix("Invalid enum value ")
     return f"expected one of {', '.join(_CHOICES[name])}, found {word:.60}"
 
@@ -133,15 +141,18 @@ def _words(name: str, entries: Sequence[str], place: Callable[[int], str]) -> tu
 
 
 def _word(name: str, word: str, error_prefix: str) -> str:
-    """One entry of a list: a variable, or a path that says by itself where it leads, as no folder is its own here."""
+    """Validate one entry of a list: a variable or a path. Raises LimitsError."""
+    # execve(2) ends names at a NUL, and takes the text after = for the value.
     if not word or "\0" in word or (name == "env" and "=" in word):
         raise LimitsError(
             f"{error_prefix}: {name}: expected the name of a variable, found {one_line(word)!r:.60}"
         )
+    # Other paths belong to ``show`` and ``writable``.
     if name == "devices" and not word.startswith("/dev/"):
         raise LimitsError(
             f"{error_prefix}: {name}: expected a path below /dev, found {one_line(word)!r:.60}"
         )
+    # A limits file serves notebooks in many folders, so a relative path would be ambiguous.
     if name in _PATHS and not word.startswith(("/", "~")):
         raise LimitsError(
             f"{error_prefix}: {name}: expected a path that begins with / or ~, found {one_line(word)!r:.60}"
@@ -150,12 +161,14 @@ def _word(name: str, word: str, error_prefix: str) -> str:
 
 
 def apply(isolation: Isolation, changes: Mapping[str, Any]) -> Isolation:
-    """``isolation`` with other values; lists are added to. Raises LimitsError for the root of all as an entry of one."""
+    """Return ``isolation`` with the changes; lists are extended. Raises LimitsError for ``/``."""
     for name in _PATHS:
+        # Opening / would open every hidden directory, and hiding it would hide the interpreter.
         if any(os.path.normpath(path) in ("/", "//") for path in changes.get(name, ())):
             raise LimitsError(
                 f"isolation: {name}: / itself can be neither writable, nor shown, nor hidden; name a directory or file in it"
             )
+    # A file cannot remove the list entries of the profile below it.
     merged: Any = {
         name: (*getattr(isolation, name), *value) if name in _LISTS else value
         for name, value in changes.items()
@@ -164,7 +177,8 @@ def apply(isolation: Isolation, changes: Mapping[str, Any]) -> Isolation:
 
 
 def of_metadata(metadata: Mapping[str, object], error_prefix: str) -> dict[str, Any]:
-    """``metadata.safe_exec.isolation`` of a notebook, as a reproduction carries it. Raises LimitsError."""
+    """Return ``metadata.safe_exec.isolation`` of a notebook. Raises LimitsError."""
+    # A reproduction has this section. Metadata may contain anything, so each level is checked.
     ours = metadata.get("safe_exec")
     settings = ours.get("isolation") if isinstance(ours, Mapping) else None
     if settings is None:
@@ -176,22 +190,26 @@ def of_metadata(metadata: Mapping[str, object], error_prefix: str) -> dict[str, 
 
 
 def tighten(isolation: Isolation, wished: Mapping[str, Any]) -> Isolation:
-    """What a notebook's own wishes make of it: only more walls, never fewer; what it wants opened is not heard."""
+    """Return the isolation with a notebook's own requests: they may add walls, never remove any."""
     changes: dict[str, Any] = {}
     for name, value in wished.items():
         current = getattr(isolation, name)
         order = _ORDER.get(name, [])
+        # Hiding more paths is always stricter.
         if name == "hide":
             changes[name] = value
+        # The later word in the order is stricter.
         elif name in _CHOICES:
             changes[name] = max(current, value, key=order.index)
+        # The other lists (env, writable, show, devices) would open something and are ignored.
         elif name not in _LISTS and value is _STRICTER_IF.get(name, True):
             changes[name] = value
     return apply(isolation, changes)
 
 
 def as_metadata(isolation: Isolation) -> dict[str, Any]:
-    """The walls that are up, for the metadata of a reproduction."""
+    """Return the requested walls for the metadata of a reproduction."""
+    # Only differences from the default are stored, so that the metadata stay short.
     bare = Isolation()
     changes = {
         name: getattr(isolation, name)

@@ -1,8 +1,6 @@
-"""Which limits hold: profile, the repository's file, the user's, the notebook and the options, laid over each other.
+"""Resolve the limits of a run from profiles, project file, own file, notebook and options.
 
-Imports ``model``, ``errors`` and its own parts (``units``, ``files``, ``limits_yaml``, ``limits_values``,
-``project_file``), whose public names it passes on. Pure apart from reading the files it is told of; YAML is imported
-when the first file is read.
+Pure except for reading the named files. PyYAML is imported for the first file.
 """
 
 from __future__ import annotations
@@ -63,20 +61,18 @@ __all__ = [
 
 DEFAULT_PROFILE = "default"
 
-# The limits that a single cell may carry; the others hold for a process or for the whole run.
+# The limits that a single cell may set; the others apply to a process or to the whole run.
 CELL_LIMITS = frozenset(row.name for row in ROWS if row.of_cell)
 
 
 class Profile(Struct, frozen=True, kw_only=True):
-    """A named set of limits.
-
-    ``loosenable``: a notebook may loosen them. ``firm``: not even a ``safe-exec.yaml`` may, where the profile was asked
-    for by name.
-    """
+    """A named set of limits."""
 
     name: str
     limits: Limits
+    # The notebook's own metadata may loosen the limits.
     loosenable: bool
+    # A safe-exec.yaml may not loosen the limits if the user has named this profile.
     firm: bool
     path: Path
     description: str
@@ -84,22 +80,21 @@ class Profile(Struct, frozen=True, kw_only=True):
 
 
 class Resolved(Struct, frozen=True, kw_only=True):
-    """The limits of one run. ``sources`` says for each limit where its figure was written.
-
-    ``loosenable``: cells may loosen what they may carry, but for the limits in ``fixed``, which options have set.
-    """
+    """The limits of one run."""
 
     limits: Limits
     profile: str
     warnings: tuple[str, ...]
+    # The origin of each limit, for reports.
     sources: Mapping[str, str]
+    # Cells may loosen their own limits, except those in ``fixed``, which options have set.
     loosenable: bool
     fixed: frozenset[str]
     isolation: Isolation = field(default_factory=Isolation)
 
 
 class _Document(Struct, frozen=True, kw_only=True):
-    """One limits file as it stands, without what it extends."""
+    """One limits file, without the file that it extends."""
 
     name: str
     path: Path
@@ -119,11 +114,10 @@ _SECTIONS = ("description", "extends", "firm", "limits", "isolation")
 
 @cache
 def profile_dir() -> Path:
-    """The directory of the profiles that ship. Raises LimitsError.
-
-    In a wheel it lies inside the package; in a checkout, which an editable install uses too, beside it.
-    """
+    """Return the directory of the profiles that ship. Raises LimitsError."""
     package = Path(__file__).resolve().parents[1]
+    # A wheel has the profiles inside the package. A checkout, which an editable install uses too,
+    # has them beside it.
     for directory in (package / "_limits", package.parent / "limits"):
         if (directory / f"{DEFAULT_PROFILE}.yaml").is_file():
             return directory
@@ -133,17 +127,18 @@ def profile_dir() -> Path:
 
 
 def shipped_profiles() -> tuple[str, ...]:
-    """The names of the profiles that ship, sorted."""
+    """Return the names of the profiles that ship, sorted."""
     return tuple(sorted(path.stem for path in profile_dir().glob("*.yaml")))
 
 
 def load_profile(name_or_path: str, *, machine_memory: int | None) -> Profile:
-    """The profile of that name, or in that file (anything with a path separator or ``.yaml``, or an existing file).
+    """Load the profile of that name, or the file at that path. Raises LimitsError.
 
-    ``machine_memory`` is the bytes that a memory of ``"75%"`` refers to. Raises LimitsError.
+    ``machine_memory`` is the reference in bytes for a memory limit such as ``"75%"``.
     """
     documents = _documents(name_or_path, machine_memory)
     if not documents[0].shipped:
+        # A file that extends no profile overrides ``default``.
         documents = _documents(DEFAULT_PROFILE, machine_memory) + documents
     limits = Limits()
     for document in documents:
@@ -163,7 +158,7 @@ def load_profile(name_or_path: str, *, machine_memory: int | None) -> Profile:
 def project_overrides(
     file: Path, notebook_path: Path | str, *, machine_memory: int | None
 ) -> ProjectLimits | None:
-    """What the ``safe-exec.yaml`` in ``file`` says of a notebook; ``None`` if no entry matches. Raises LimitsError."""
+    """Return the notebook's entry in ``file``; ``None`` if there is none. Raises LimitsError."""
     return _project_overrides(
         file, notebook_path, profiles=shipped_profiles(), machine_memory=machine_memory
     )
@@ -182,39 +177,48 @@ def resolve(
     notebook: str = "notebook",
     walls: Mapping[str, Any] | None = None,
 ) -> Resolved:
-    """The limits of one run, from the weakest word to the strongest.
+    """Resolve the limits of one run.
 
-    1. a shipped profile: the one ``chosen`` by name or by the ``extends`` of a chosen file, else the project's, else
-       ``default``;
+    From the weakest source to the strongest:
+
+    1. a profile that ships: ``chosen`` by name, or extended by a chosen file; else the project's,
+       else ``default``;
     2. the project's ``safe-exec.yaml``, which may not loosen a firm profile that was chosen;
     3. the user's own file, if ``chosen`` names one;
-    4. the notebook's ``metadata`` (``execution.timeout``, then ``safe_exec.limits``): it tightens always and loosens
-       under the profile ``default`` only;
-    5. ``options``, by the names of limits; they win both ways.
+    4. the notebook's ``metadata`` (``execution.timeout``, then ``safe_exec.limits``), which may
+       always tighten, and loosen under the profile ``default`` only;
+    5. ``options``, by limit name, which may loosen and tighten.
 
-    Isolation is laid over likewise; a notebook may only wall itself off further (``safe_exec.limits.isolation``), and ``walls`` are the
-    options. ``notebook`` names the notebook in errors and warnings. Raises LimitsError.
+    Isolation follows the same order, with ``walls`` as its options; a notebook may only add walls.
+    ``notebook`` names the notebook in errors and warnings. Raises LimitsError.
     """
     explicit_documents = _documents(chosen, machine_memory) if chosen else []
+    # The chain of an own file ends in the profile that it extends.
     base = [document for document in explicit_documents if document.shipped]
+    # Only a profile that the user has chosen is firm: the project may override its own choice.
     firm = any(document.firm for document in base)
     if not base:
+        # Neither a profile nor a file based on one was chosen.
         base = _documents((project and project.profile) or DEFAULT_PROFILE, machine_memory)
     own = [document for document in explicit_documents if not document.shipped]
     top = (own or base)[-1]
 
+    # Each later layer overrides the earlier ones.
     stack = _Stack()
     for document in base:
         stack.lay(document.layer)
     if project:
         stack.lay(project.layer, refuse=f"profile {base[-1].name} is firm" if firm else "")
+    # The user has chosen this file for this run, so it overrides the project's.
     for document in own:
         stack.lay(document.layer)
+    # A file based on ``default`` is somebody's decision, which a notebook must not undo.
     only_default = f"profile {top.name} does not let a notebook loosen limits"
     stack.lay(
         _notebook_layer(metadata or {}, notebook, machine_memory),
         refuse="" if _is_default(top) else only_default,
     )
+    # The command line has the last word.
     option_values = parse_overrides(options or {}, error_prefix="--", machine_memory=machine_memory)
     stack.lay(
         Layer(
@@ -239,10 +243,11 @@ def _walls(
     notebook: str,
     options: Mapping[str, Any],
 ) -> Isolation:
-    """The isolation of one run: the files one over the other, tightened by the notebook, and the options at last."""
+    """Merge the isolation of one run: the files, then the notebook, then the options."""
     merged = Isolation()
     for document in documents:
         merged = isolation.apply(merged, document.isolation)
+    # Before the options, so that a notebook cannot override the user.
     merged = isolation.tighten(merged, isolation.of_metadata(metadata, notebook))
     return isolation.apply(merged, options)
 
@@ -250,13 +255,14 @@ def _walls(
 def resolve_simple(
     config: Mapping[str, object], profile: str | None, *, machine_memory: int | None
 ) -> Limits:
-    """The limits of a kernel that another Jupyter tool starts, which knows no notebook and no options.
+    """Resolve the limits of a kernel that another Jupyter tool starts. Raises LimitsError.
 
-    ``config`` is the kernel provisioner's: ``limits`` names a profile or a file, any other key is a limit with a figure
-    in the units of people, which wins. ``profile`` (of the environment) counts where ``config`` names none. Raises
-    LimitsError.
+    ``config`` is the kernel provisioner's: ``limits`` names a profile or a file, and any other key
+    is a limit, as text with units, which overrides it. ``profile``, from the environment, applies
+    if ``config`` names none.
     """
     chosen = config.get("limits") or profile or None
+    # The configuration is JSON that users write by hand.
     if chosen is not None and not isinstance(chosen, str):
         raise LimitsError(
             f"{_PROVISIONER}: limits: expected the name of a profile or a file, found {chosen!r:.60}"
@@ -272,12 +278,13 @@ _PROVISIONER = "kernel provisioner"
 def cell_limits(
     resolved: Resolved, cell_metadata: Mapping[str, object], *, error_prefix: str
 ) -> tuple[Limits, tuple[str, ...]]:
-    """The limits of one cell, which may carry :data:`CELL_LIMITS`, and a warning for each figure that was ignored.
+    """Return the limits of one cell, with a warning for each ignored value. Raises LimitsError.
 
-    A figure tightens always; it loosens under the profile ``default`` only, and never what an option has set.
-    ``error_prefix`` names notebook and cell. Raises LimitsError.
+    A cell may tighten :data:`CELL_LIMITS`. It may loosen them under the profile ``default`` only,
+    and never override an option. ``error_prefix`` names notebook and cell.
     """
     cell_settings = _own_limits(cell_metadata, error_prefix)
+    # Nearly every cell has none.
     if not cell_settings:
         return resolved.limits, ()
     own = parse_overrides(
@@ -285,11 +292,13 @@ def cell_limits(
         error_prefix=f"{error_prefix}: metadata.safe_exec.limits",
         machine_memory=None,
     )
+    # The mechanisms of the other limits are fixed before the first cell runs.
     for name in sorted(own.keys() - CELL_LIMITS):
         allowed = " and ".join(sorted(CELL_LIMITS))
         raise LimitsError(
             f"{one_line(error_prefix)}: {name}: a cell may carry {allowed} only; set it for the notebook"
         )
+    # An option applies to every cell, because the user has typed it for this run.
     free = {
         name: value
         for name, value in own.items()
@@ -307,7 +316,7 @@ def cell_limits(
 
 
 class _Stack:
-    """The limits while layers are laid over each other."""
+    """Merges layers, and records the origin of each limit."""
 
     def __init__(self) -> None:
         self.limits = Limits()
@@ -315,7 +324,7 @@ class _Stack:
         self.warnings: list[str] = []
 
     def lay(self, layer: Layer, *, refuse: str = "") -> None:
-        """Put ``layer`` on top; with ``refuse``, the reason, its figures may only tighten."""
+        """Put ``layer`` on top. With ``refuse``, a reason, its values may only tighten."""
         ignored: list[str] = []
         previous = self.limits
         if refuse:
@@ -324,6 +333,7 @@ class _Stack:
             self.limits = apply(previous, layer.values)
         for name in layer.values:
             source = layer.sources[name]
+            # An ignored value is a warning, and the earlier origin stays.
             if name in ignored:
                 self.warnings.append(
                     ignored_warning(
@@ -340,6 +350,7 @@ def _notebook_layer(
     values: dict[str, Figure] = {}
     sources: dict[str, str] = {}
     execution = metadata.get("execution")
+    # nbclient's own key, which many notebooks already have.
     if isinstance(execution, Mapping) and "timeout" in execution:
         error_prefix = f"{notebook}: metadata.execution.timeout"
         timeout = _nbclient_timeout(execution["timeout"])
@@ -353,19 +364,23 @@ def _notebook_layer(
         machine_memory=machine_memory,
     )
     return Layer(
-        values=values | own, sources=sources | dict.fromkeys(own, "metadata.safe_exec.limits")
+        # Our own key is the more specific one, so it overrides nbclient's.
+        values=values | own,
+        sources=sources | dict.fromkeys(own, "metadata.safe_exec.limits"),
     )
 
 
 def _nbclient_timeout(timeout: object) -> object:
-    """To nbclient, 0 and what is below are "no timeout"; everything else is as ours."""
+    """Translate nbclient's timeout: 0 and negative numbers mean no timeout there."""
+    # bool is a subclass of int, and ``true`` must stay an error.
     unlimited = isinstance(timeout, int | float) and not isinstance(timeout, bool) and timeout <= 0
     return None if unlimited else timeout
 
 
 def _own_limits(metadata: Mapping[str, object], error_prefix: str) -> Mapping[str, object]:
-    """``safe_exec.limits`` of a notebook's or a cell's metadata."""
+    """Return ``safe_exec.limits`` of a notebook's or a cell's metadata. Raises LimitsError."""
     section = metadata
+    # Metadata may contain anything; the error names the level that is wrong.
     for path in ("safe_exec", "safe_exec.limits"):
         inner = section.get(path.rpartition(".")[2])
         if inner is None:
@@ -382,18 +397,20 @@ def _own_limits(metadata: Mapping[str, object], error_prefix: str) -> Mapping[st
 
 
 def _documents(text: str, machine_memory: int | None) -> list[_Document]:
-    """The file that ``text`` names and all that it extends, the lowest first. Raises LimitsError."""
+    """Return the file that ``text`` names and all that it extends, the lowest first."""
     documents: list[_Document] = []
     next_name: str | None = text
     folder, error_prefix = Path(), ""
     while next_name is not None:
         path, shipped = _locate(next_name, folder, error_prefix)
         document = _read(next_name, path, shipped=shipped, machine_memory=machine_memory)
+        # Compared by inode, because one file may have several paths.
         if any(path.samefile(document_above.path) for document_above in documents):
             raise LimitsError(
                 f"{one_line(path)}: extends itself, by way of {one_line(documents[-1].path)}"
             )
         documents.append(document)
+        # A relative path in ``extends`` starts at the file that contains it.
         next_name, folder, error_prefix = (
             document.extends,
             path.parent,
@@ -403,11 +420,13 @@ def _documents(text: str, machine_memory: int | None) -> list[_Document]:
 
 
 def _locate(text: str, folder: Path, error_prefix: str) -> tuple[Path, bool]:
-    """The file that ``text`` names, and whether it is one that ships. ``folder`` is where relative paths start."""
+    """Return the file that ``text`` names, relative to ``folder``, and whether it ships."""
+    # Always a path, even if a profile has the same name.
     if "/" in text or text.endswith((".yaml", ".yml")):
         return folder / text, False
     if text in shipped_profiles():
         return profile_dir() / f"{text}.yaml", True
+    # Tried last, so that a file named ``ci`` cannot replace the profile ``ci``.
     if (folder / text).is_file():
         return folder / text, False
     advice = nearest(text, shipped_profiles())
@@ -443,6 +462,7 @@ def _read(name: str, path: Path, *, shipped: bool, machine_memory: int | None) -
 def _demand_section(key: str, value: Value) -> None:
     if key in _SECTIONS:
         return
+    # A frequent mistake, which deserves its own advice.
     if key.replace("-", "_") in LIMIT_NAMES:
         raise LimitsError(f"{value.location}: {key} stands at the top level; put it under limits:")
     raise LimitsError(

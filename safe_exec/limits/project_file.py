@@ -1,9 +1,9 @@
-"""``safe-exec.yaml``, a repository's own word on which limits hold for which notebooks.
+"""``safe-exec.yaml``: the limits that a repository sets for its notebooks.
 
-Imports ``errors``, ``files``, ``limits_yaml``, ``limits_values`` and ``repository``. The file::
+The file::
 
-    limits:                        # the first entry whose path matches counts
-      - path: "docs/slow/*.ipynb"  # relative to this file; * and ? stay within a directory, ** crosses them
+    limits:                        # the first entry with a matching path applies
+      - path: "docs/slow/*.ipynb"  # relative to this file; * and ? stay within a directory
         profile: ci                # optional: a profile that ships with safe-exec
         memory: 4G                 # any limit
 """
@@ -27,7 +27,7 @@ PROJECT_FILE = "safe-exec.yaml"
 
 
 class ProjectLimits(Struct, frozen=True, kw_only=True):
-    """What a project file says of one notebook: a shipped profile or ``None``, and figures over it."""
+    """The entry of a project file for one notebook: a shipped profile or none, and limits."""
 
     file: Path
     profile: str | None
@@ -35,34 +35,36 @@ class ProjectLimits(Struct, frozen=True, kw_only=True):
 
 
 def find_project_file(notebook_path: Path | str) -> Path | None:
-    """The ``safe-exec.yaml`` that covers a notebook: the nearest above it, no further up than the repository's root.
+    """Find the nearest ``safe-exec.yaml`` above a notebook, up to the repository's root.
 
-    Raises LimitsError for one that is a link to what the repository does not hold.
+    Raises LimitsError if it is a link to a file outside the repository.
     """
     folder = _absolute(notebook_path).parent
     for directory in (folder, *folder.parents):
         if (directory / PROJECT_FILE).is_file() and _is_ours(directory / PROJECT_FILE, folder):
             _demand_inside(directory / PROJECT_FILE)
             return directory / PROJECT_FILE
+        # Files above the root belong to other projects.
         if is_root(directory):
             return None
     return None
 
 
 def _is_ours(file: Path, folder: Path) -> bool:
-    """Whether a file may set limits: it belongs to us, to root, or to whoever owns the notebook's folder.
-
-    Else anybody could plant one in a directory that all may write to, such as /tmp.
-    """
+    """Tell whether the owner of a file may set limits: we, root, or the notebook folder's owner."""
+    # Otherwise anybody could plant one in a shared directory such as /tmp.
     owner = file.stat().st_uid
     return owner in (_user(), 0, folder.stat().st_uid)
 
 
 def _demand_inside(file: Path) -> None:
-    """Errors tell what stands in the file, in a log that others may read: it must be the repository's own, and no secret by a link."""
+    """Raise LimitsError if the file is a link that leads out of the repository."""
+    # Error messages quote the file, in logs that others may read. A link must not expose a secret
+    # in another place.
     real = Path(os.path.realpath(file))
     root = find_root(file.parent) or file.parent
     inside = Path(os.path.realpath(root))
+    # .git/config may contain a token.
     if not real.is_relative_to(inside) or ".git" in real.relative_to(inside).parts:
         raise LimitsError(
             f"{one_line(file)}: is a link that leads out of {one_line(root)}; put the file itself there"
@@ -70,28 +72,34 @@ def _demand_inside(file: Path) -> None:
 
 
 def _user() -> int:
+    # Windows has no user ids, and `safe-exec limits` works there too.
     return os.geteuid() if hasattr(os, "geteuid") else 0
 
 
 def project_overrides(
     file: Path, notebook_path: Path | str, *, profiles: Sequence[str], machine_memory: int | None
 ) -> ProjectLimits | None:
-    """What ``file`` says of the notebook; ``None`` if no entry matches. Every entry is checked. Raises LimitsError.
+    """Return the notebook's entry in ``file``; ``None`` if none matches. Raises LimitsError.
 
-    ``profiles`` are the names that ship.
+    ``profiles`` are the names of the profiles that ship.
     """
+    # All entries are parsed, so that an error in any of them is reported.
     entries = [_entry(item, file, profiles, machine_memory) for item in _entries(file)]
     inside = os.path.relpath(_absolute(notebook_path), _absolute(file).parent)
     return next((limits for pattern, limits in entries if matches(pattern, inside)), None)
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a path relative to the project file matches a pattern of the file; ``dir/`` is all below ``dir``."""
+    """Tell whether a path matches a pattern, both relative to the project file."""
+    # ``dir/`` means everything below ``dir``.
     segments = PurePosixPath(pattern).parts + (("**",) if pattern.endswith("/") else ())
     parts = PurePosixPath(path).parts
+    # The file covers its own directory only.
     if ".." in parts:
         return False
-    reached = {0}  # the numbers of leading parts that the segments so far can account for
+    # The numbers of leading parts that the segments so far can match. Tracking all of them avoids
+    # the exponential time of backtracking over several ``**``.
+    reached = {0}
     for segment in segments:
         if not reached:
             return False
@@ -138,6 +146,7 @@ def _profile(value: Value | None, profiles: Sequence[str]) -> str | None:
     if value is None:
         return None
     name = value.text("profile")
+    # Paths are not accepted: a shipped name means the same on every machine.
     if name not in profiles:
         raise LimitsError(
             f"{value.location}: profile: unknown profile {one_line(name)!r}; {nearest(name, profiles)}"

@@ -10,10 +10,11 @@ GIT = ".git"
 
 
 def find_root(folder: Path) -> Path | None:
-    """The nearest directory with a ``.git``, from ``folder`` (an absolute path) upwards."""
+    """Return the nearest directory with a ``.git``, from the absolute path ``folder`` upwards."""
     return next((directory for directory in (folder, *folder.parents) if is_root(directory)), None)
 
 
 def is_root(directory: Path) -> bool:
-    """Whether a directory is the root of a repository. A ``.git`` that we may not look at is none."""
+    """Tell whether a directory is the root of a repository."""
+    # False for a .git that we may not access: we could not use such a repository.
     return os.path.exists(directory / GIT)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Kind(Enum):
-    """What a limit counts, and how it is written (``parse_*`` in ``units.py``)."""
+    """The quantity of a limit, and thereby its syntax (``parse_*`` in ``units.py``)."""
 
     SIZE = "bytes"
     COUNT = "count"
@@ -33,20 +33,19 @@ METAVARS = {
 
 
 class LimitSpec(NamedTuple):
-    """One limit.
+    """One limit."""
 
-    ``name`` is its key in files and in the verdict. ``by_runner``: the runner enforces it, since it
-    is the runner that waits for cells and takes their output. ``in_require_all``: ``--require all``
-    asks for it if it is set. ``of_cell``: the metadata of a single cell may carry it.
-    ``has_option``: it is an option of the commands.
-    """
-
+    # The key in files and in the verdict.
     name: str
     kind: Kind
     help: str
+    # The runner enforces it, because the runner waits for cells and receives their output.
     by_runner: bool = False
+    # ``--require all`` includes it if it is set.
     in_require_all: bool = False
+    # The metadata of a single cell may set it.
     of_cell: bool = False
+    # The commands have an option for it.
     has_option: bool = True
 
     @property

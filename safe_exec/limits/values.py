@@ -1,7 +1,7 @@
-"""Figures for the limits, wherever they were written: checked, named in errors, laid over each other.
+"""Values of limits from any source: parsed, located in errors, merged.
 
-Imports ``model``, ``errors``, ``units``, ``files`` and ``limits_yaml``. A *layer* is what one source (a profile, a
-file, a notebook, the options) says of some of the limits; :mod:`safe_exec.limits.profiles` stacks the layers.
+A *layer* is the set of limits from one source (a profile, a file, a notebook, the options);
+:mod:`safe_exec.limits.profiles` stacks the layers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from safe_exec.units import (
 # A limit in bytes, seconds or as a count; ``None`` is unlimited.
 Figure = int | float | None
 
-# Every key that may stand under ``limits:``; ``-`` is taken for ``_``.
+# The valid keys under ``limits:``; ``-`` counts as ``_``.
 LIMIT_NAMES = tuple(SPECS)
 
 _PARSERS: Mapping[Kind, Callable[[object], Figure]] = {
@@ -47,7 +47,7 @@ _PARSERS: Mapping[Kind, Callable[[object], Figure]] = {
 
 
 class Layer(Struct, frozen=True, kw_only=True):
-    """What one source says: figures by the names of limits, and for each where it is written."""
+    """The limits from one source, by name, and the place of each."""
 
     values: Mapping[str, Figure] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -56,11 +56,10 @@ class Layer(Struct, frozen=True, kw_only=True):
 def parse_overrides(
     mapping: Mapping[str, object], *, error_prefix: str, machine_memory: int | None
 ) -> dict[str, Figure]:
-    """The figures of ``mapping`` in bytes, seconds and counts, checked.
+    """Parse limits to bytes, seconds and counts. Raises LimitsError.
 
-    ``error_prefix`` starts the text of an error: a file, a place in a notebook, or what options begin with (``--``), which
-    are then named one by one. ``machine_memory`` is the bytes that a ``memory`` of ``"75%"`` refers to. Raises
-    LimitsError.
+    ``error_prefix`` names the source in errors; for options it is their prefix (``--``), and each
+    is named. ``machine_memory`` is the reference in bytes for a memory limit such as ``"75%"``.
     """
     entries = ((key, value, error_prefix) for key, value in mapping.items())
     return _parse(entries, machine_memory=machine_memory)
@@ -69,9 +68,9 @@ def parse_overrides(
 def parse_layer(
     entries: Mapping[str, Value], *, source: str = "", machine_memory: int | None
 ) -> Layer:
-    """The figures under a ``limits:`` of a file. ``source`` names it in reports; else file name and line do.
+    """Parse the ``limits`` section of a file. Raises LimitsError.
 
-    Raises LimitsError.
+    ``source`` names it in reports, by default its file name and line.
     """
     values = _parse(
         ((key, value.scalar(key), value.location) for key, value in entries.items()),
@@ -84,13 +83,13 @@ def parse_layer(
 
 
 def apply(limits: Limits, overrides: Mapping[str, Figure]) -> Limits:
-    """``limits`` with every figure of ``overrides`` in its place."""
+    """Return ``limits`` with the overrides."""
     changes: dict[str, Any] = dict(overrides)
     return replace(limits, **changes)
 
 
 def tighten(limits: Limits, overrides: Mapping[str, Figure]) -> tuple[Limits, list[str]]:
-    """The smaller of each, unlimited being the largest; with the names of those ignored as they would have loosened."""
+    """Return the limits with the stricter overrides, and the names of the ignored, looser ones."""
     ignored = [name for name, value in overrides.items() if _looser(value, getattr(limits, name))]
     return apply(
         limits, {name: value for name, value in overrides.items() if name not in ignored}
@@ -105,7 +104,7 @@ def merge_notebook_limits(
     error_prefix: str = "notebook",
     reason: str = "the profile does not let a notebook loosen limits",
 ) -> tuple[Limits, tuple[str, ...]]:
-    """What a notebook's (or cell's) own figures make of ``base``, and a warning for each that was ignored."""
+    """Merge the limits of a notebook or cell into ``base``; a warning for each ignored one."""
     if loosenable:
         return apply(base, notebook_overrides), ()
     limits, ignored = tighten(base, notebook_overrides)
@@ -118,12 +117,12 @@ def merge_notebook_limits(
 def ignored_warning(
     error_prefix: str, name: str, new_value: Figure, old_value: Figure, reason: str
 ) -> str:
-    """One line on a figure that would have loosened a limit and was not taken."""
+    """Return the warning about a value that would have loosened a limit."""
     return f"{error_prefix}: {name} {format_limit(name, new_value)} ignored, {format_limit(name, old_value)} holds: {reason}"
 
 
 def format_limit(name: str, value: Figure) -> str:
-    """One limit for people: ``"2.0 GiB"``, ``"5m"``, ``"128"`` or ``"unlimited"``."""
+    """Format a limit for people: ``"2.0 GiB"``, ``"5m"``, ``"128"`` or ``"unlimited"``."""
     if value is None:
         return "unlimited"
     kind = SPECS[name].kind
@@ -133,8 +132,9 @@ def format_limit(name: str, value: Figure) -> str:
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:
-    """The end of an error about an unknown word: the nearest right one and all there are."""
+    """Return the end of an error about an unknown word: the nearest valid word, and all of them."""
     names = sorted(candidates)
+    # The candidates are spelled with underscores.
     close = get_close_matches(word.replace("-", "_"), names, n=1, cutoff=0.5)
     guess = f"did you mean {close[0]}? " if close else ""
     return f"{guess}expected one of {', '.join(names)}"
@@ -151,6 +151,7 @@ def _parse(
             raise LimitsError(
                 f"{place}: unknown limit {shown(key)}; {nearest(str(key), LIMIT_NAMES)}"
             )
+        # Both spellings of one key: the order of a mapping must not decide which one applies.
         if name in values:
             raise LimitsError(
                 f"{one_line(error_prefix)}: {name} is given twice (- and _ are the same); keep one"
@@ -161,13 +162,16 @@ def _parse(
 
 def _figure(name: str, value: object, place: str, machine_memory: int | None) -> Figure:
     try:
+        # Only memory has a total that a percentage can refer to.
         share = parse_percent(value) if name == "memory" else None
         if share is None:
             return _PARSERS[SPECS[name].kind](value)
     except UnitError as problem:
         raise LimitsError(f"{place}: {problem}") from None
+    # A cell cannot set memory, and some systems do not report theirs.
     if machine_memory is None:
         raise LimitsError(f"{place}: {shown(value)} of an unknown memory; give a size such as 2G")
+    # A tiny share must not become 0, which is no valid limit.
     return max(1, int(share * machine_memory))
 
 
@@ -184,4 +188,5 @@ def _place(error_prefix: str, name: str) -> str:
 
 
 def _looser(new: Figure, old: Figure) -> bool:
+    # None is unlimited.
     return old is not None and (new is None or new > old)

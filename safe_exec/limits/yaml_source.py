@@ -1,7 +1,6 @@
-"""YAML files of limits as plain values that know their line, and every way in which such a file can be wrong.
+"""YAML files of limits as plain values with their lines, and an error for every invalid file.
 
-Imports ``errors`` and ``files`` only. A subset of YAML on purpose: no aliases (a kilobyte of them can stand for
-gigabytes), no tags, no duplicate keys; figures stay text, so that ``1:30`` is an error and not 90 as YAML 1.1 has it.
+This is a deliberate subset of YAML: no aliases, no tags, no duplicate keys, and numbers stay text.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ if TYPE_CHECKING:
     import yaml
 
 _MOST_BYTES = 2**20
-_DEEPEST = 20  # no honest file nests deeper; the C composer recurses, and at 100000 levels it crashes the process
+# No honest file nests deeper. The composer in C recurses, and crashes the process at 100000 levels.
+_DEEPEST = 20
 _STANDARD = "tag:yaml.org,2002:"
 _TAGS = frozenset(
     {"str", "int", "float", "null", "bool", "timestamp", "merge", "value", "map", "seq"}
@@ -27,16 +27,14 @@ _TAGS = frozenset(
 
 
 class Value(Struct, frozen=True, kw_only=True):
-    """One value of a file. ``data`` is ``None``, a bool, text, a tuple of values, or a mapping of text to values.
-
-    ``location`` is ``FILE:LINE``, the line counted from 1; that of a mapping's value is its key's.
-    """
+    """One value of a file."""
 
     data: bool | str | tuple[Value, ...] | Mapping[str, Value] | None
+    # ``FILE:LINE``, from line 1. A value in a mapping has the line of its key.
     location: str
 
     def mapping(self, name: str) -> Mapping[str, Value]:
-        """The mapping that this must be; empty where nothing is written. Raises LimitsError."""
+        """Return the mapping, empty for null. Raises LimitsError for any other type."""
         if self.data is None:
             return {}
         if isinstance(self.data, Mapping):
@@ -46,7 +44,7 @@ class Value(Struct, frozen=True, kw_only=True):
         )
 
     def items(self, name: str) -> tuple[Value, ...]:
-        """The list that this must be; empty where nothing is written. Raises LimitsError."""
+        """Return the list, empty for null. Raises LimitsError for any other type."""
         if self.data is None:
             return ()
         if isinstance(self.data, tuple):
@@ -54,29 +52,29 @@ class Value(Struct, frozen=True, kw_only=True):
         raise LimitsError(f"{self.location}: {name}: expected a list, found {self.kind}")
 
     def text(self, name: str) -> str:
-        """The text that this must be, not empty. Raises LimitsError."""
+        """Return the text, stripped. Raises LimitsError for any other type and for empty text."""
         if isinstance(self.data, str) and self.data.strip():
             return self.data.strip()
         raise LimitsError(f"{self.location}: {name}: expected text, found {self.kind}")
 
     def words(self, name: str) -> tuple[str, ...]:
-        """A list of words. Raises LimitsError."""
+        """Return a list of texts. Raises LimitsError for any other type."""
         return tuple(item.text(name) for item in self.items(name))
 
     def flag(self, name: str) -> bool:
-        """The yes or no that this must be. Raises LimitsError."""
+        """Return the boolean. Raises LimitsError for any other type."""
         if isinstance(self.data, bool):
             return self.data
         raise LimitsError(f"{self.location}: {name}: expected true or false, found {self.kind}")
 
     def scalar(self, name: str) -> bool | str | None:
-        """The single value that this must be. Raises LimitsError."""
+        """Return a value that is neither list nor mapping. Raises LimitsError for those."""
         if self.data is None or isinstance(self.data, bool | str):
             return self.data
         raise LimitsError(f"{self.location}: {name}: expected one value, found {self.kind}")
 
     def plain(self) -> object:
-        """The value without its places; text without blanks around it."""
+        """Return the value without locations, and its texts stripped."""
         if isinstance(self.data, Mapping):
             return {key: value.plain() for key, value in self.data.items()}
         if isinstance(self.data, tuple):
@@ -85,7 +83,7 @@ class Value(Struct, frozen=True, kw_only=True):
 
     @property
     def kind(self) -> str:
-        """What this is, in words for an error."""
+        """The type in words, for an error message."""
         if self.data is None:
             return "nothing"
         if isinstance(self.data, bool):
@@ -96,15 +94,18 @@ class Value(Struct, frozen=True, kw_only=True):
 
 
 def load(path: Path) -> Value:
-    """The one document in ``path``. Raises LimitsError, one line with file and line."""
-    import yaml  # 30 ms, and a run whose limits come from a notebook's copy needs it not
+    """Load the only document in ``path``. Raises LimitsError: one line with file and line."""
+    # The import takes 30 ms, and a run that takes its limits from a verdict does not need it.
+    import yaml
 
     try:
+        # utf-8-sig: some editors begin a file with a byte order mark.
         text = read_regular(path, most=_MOST_BYTES, error=LimitsError).decode("utf-8-sig")
     except UnicodeDecodeError as problem:
         raise LimitsError(f"{one_line(path)}: not UTF-8 text (byte {problem.start})") from None
     loader = _loader()
     try:
+        # Checked on the stream of events, before the recursive composer sees the text.
         _demand_simple(yaml.parse(text, Loader=loader), path)
         root = yaml.compose(text, Loader=loader)
     except yaml.YAMLError as problem:
@@ -114,7 +115,7 @@ def load(path: Path) -> Value:
 
 
 def _loader() -> Any:
-    """The loader made of C, 60 times as fast as PyYAML's own, where it works with the classes in use."""
+    """Return the loader in C, 60 times as fast as PyYAML's own, if it is usable."""
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", None)
@@ -142,12 +143,13 @@ def _explain(text: str, path: Path) -> None:
 
 
 def _demand_simple(events: Iterator[Any], path: Path) -> None:
-    """Refuse aliases and deep nesting from the stream of events, before anything recurses over them."""
+    """Refuse aliases and deep nesting. Raises LimitsError."""
     depth = 0
     for event in events:
         kind = type(event).__name__
         depth += kind.endswith("StartEvent") - kind.endswith("EndEvent")
         location = f"{one_line(path)}:{event.start_mark.line + 1}"
+        # A kilobyte of nested aliases can expand to gigabytes.
         if kind == "AliasEvent":
             raise LimitsError(
                 f"{location}: aliases (*{one_line(event.anchor)}) are not supported; write the value out"
@@ -157,6 +159,7 @@ def _demand_simple(events: Iterator[Any], path: Path) -> None:
 
 
 def _syntax_error(problem: yaml.YAMLError, path: Path) -> str:
+    # Errors of the reader (an invalid character) have no mark.
     mark = getattr(problem, "problem_mark", None)
     place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
     text = getattr(problem, "problem", None) or str(problem).splitlines()[0]
@@ -168,6 +171,7 @@ def _value(node: Any, path: Path, line: int) -> Value:
         return Value(data=None, location=f"{one_line(path)}:{line}")
     location = f"{one_line(path)}:{line}"
     kind = node.tag.removeprefix(_STANDARD)
+    # A tag could change the type of a value, such as !!binary.
     if kind not in _TAGS:
         raise LimitsError(
             f"{location}: the tag {one_line(node.tag)} is not supported; write the plain value"
@@ -185,8 +189,10 @@ def _mapping(node: Any, path: Path) -> Mapping[str, Value]:
     values: dict[str, Value] = {}
     for key, item in node.value:
         location = f"{one_line(path)}:{_line(key)}"
+        # YAML allows lists and mappings as keys.
         if key.id != "scalar":
             raise LimitsError(f"{location}: expected a word as key, found a {key.id}")
+        # PyYAML silently keeps the last of two equal keys.
         if key.value in values:
             raise LimitsError(f"{location}: {one_line(key.value)} is given twice; keep one")
         values[key.value] = _value(item, path, _line(key))
@@ -196,6 +202,7 @@ def _mapping(node: Any, path: Path) -> Mapping[str, Value]:
 def _scalar(kind: str, text: str) -> bool | str | None:
     if kind == "null":
         return None
+    # Numbers stay text: YAML 1.1 reads 1:30 as 90, and our own parser reports it as an error.
     return text.lower() in ("yes", "true", "on") if kind == "bool" else text
 
 
