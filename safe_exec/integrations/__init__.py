@@ -1,1 +1,1 @@
-"""Plug-ins for other tools: pytest and papermill. One file per tool; no other module imports them."""
+"""Plug-ins for other tools, one file per tool; no other module imports them."""

@@ -1,6 +1,7 @@
-"""The executor ``safe-exec`` of jupyter-cache, hence of MyST-NB and Jupyter Book: notebooks run in place, kernels inside limits.
+"""The executor ``safe-exec`` of jupyter-cache, which MyST-NB and Jupyter Book use too.
 
-A kernel that dies is the error of one notebook, with its cause. ``SAFE_EXEC_LIMITS`` names the profile or the file of limits.
+Notebooks run in their folders, with kernels inside limits. A kernel that dies is the error of one
+notebook, with its cause.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 from safe_exec.nbclient import NotebookClient
 
+# Names the profile or limits file: jupyter-cache's command line passes no options to executors.
 PROFILE_VARIABLE = "SAFE_EXEC_LIMITS"
 
 
@@ -25,7 +27,9 @@ class Worker(ExecutionWorkerLocalSerial):  # type: ignore[misc]
 
     @staticmethod
     def execute(project_nb: Any, data: Any) -> Any:
-        """The result as jupyter-cache wants it; the notebook's own metadata win, as with its own executors."""
+        """Run the notebook and return jupyter-cache's result."""
+        # The notebook's metadata override the project's settings, as in jupyter-cache's own
+        # executors.
         own = project_nb.nb.metadata.get("execution", {})
         folder = str(Path(project_nb.uri).parent)
         client = NotebookClient(
@@ -39,6 +43,7 @@ class Worker(ExecutionWorkerLocalSerial):  # type: ignore[misc]
         try:
             client.execute()
         except (CellExecutionError, CellTimeoutError) as raised:
+            # A failure belongs to this notebook; the project goes on with the next one.
             error, text = raised, traceback.format_exc()
         seconds = time.monotonic() - started
         return ExecutionResult(project_nb.nb, folder, seconds, error, text)

@@ -1,6 +1,6 @@
-"""nbgrader's Execute with kernels inside limits: a death costs the points of its cell, and the cells after it still run.
+"""nbgrader's Execute with kernels inside limits: a death costs the points of its cell only.
 
-In nbgrader_config.py, the other preprocessors of ``Autograde`` stay as they are:
+In nbgrader_config.py, keep the other preprocessors of ``Autograde``:
 
     c.Autograde.autograde_preprocessors = [
         "nbgrader.preprocessors.ClearOutput", ..., "safe_exec.integrations.nbgrader.Execute",
@@ -21,17 +21,17 @@ from traitlets import Enum
 from safe_exec.notebook.notebook import OUR_ERROR_PREFIX
 from safe_exec.sandboxed_kernels import SandboxedKernels
 
-# For each cell that is run again, where nbgrader has no timeout.
+# The timeout of each repeated cell, if nbgrader has none.
 REPLAY_SECONDS = 60.0
 
 
 class Execute(SandboxedKernels, PlainExecute):  # type: ignore[misc]
-    """After a death a fresh kernel runs the cells before it again, but for those that failed, and goes on."""
+    """Executes a submission; after a death a fresh kernel repeats the earlier cells."""
 
     on_death = Enum(("exit", "restart"), default_value="restart").tag(config=True)
 
     def preprocess_cell(self, cell: Any, resources: Any, index: int) -> tuple[Any, Any]:
-        """Run a cell; after a death in it, bring a fresh kernel to the state that the next cell expects."""
+        """Run a cell; after a death, restore the variables that the next cell expects."""
         result: tuple[Any, Any] = super().preprocess_cell(cell, resources, index)
         if lost_kernel(cell.get("outputs", ())):
             run_sync(self._replay)(self.nb.cells[:index])
@@ -39,17 +39,23 @@ class Execute(SandboxedKernels, PlainExecute):  # type: ignore[misc]
 
     async def _replay(self, cells: Iterable[Any]) -> None:
         for cell in cells:
+            # A failed cell would fail again, or die again.
             if cell.cell_type != "code" or not cell.source.strip() or _failed(cell):
                 continue
+            # After a second failure the state is incomplete anyway; the remaining cells would only
+            # cost time.
             if not await self._run_silently(cell.source):
                 return
 
     async def _run_silently(self, source: str) -> bool:
-        """Whether a cell ran again. nbclient leaves messages out that answer no cell of its own."""
+        """Run a cell again and tell whether it succeeded."""
+        # nbclient ignores messages that answer none of its own requests, so no output is
+        # duplicated.
         msg_id = self.kc.execute(source, silent=True, store_history=False, allow_stdin=False)
         deadline = time.monotonic() + (self.timeout or REPLAY_SECONDS)
         while time.monotonic() < deadline:
             try:
+                # Short waits, so that the deadline holds even if no message arrives.
                 reply = await self.kc.shell_channel.get_msg(timeout=1)
             except Empty:
                 continue
@@ -60,10 +66,12 @@ class Execute(SandboxedKernels, PlainExecute):  # type: ignore[misc]
 
 
 def lost_kernel(outputs: Iterable[Any]) -> bool:
-    """Whether a cell's outputs say that its kernel is gone."""
+    """Tell whether a cell's outputs report the death of its kernel."""
     return any(
         output.get("output_type") == "error"
         and str(output.get("ename", "")).startswith(OUR_ERROR_PREFIX)
+        # A cell that ended at the interrupt after its time has the same error, but its kernel
+        # lives.
         and "ended at the interrupt: yes" not in "\n".join(output.get("traceback", ()))
         for output in outputs
     )

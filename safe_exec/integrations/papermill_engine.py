@@ -1,7 +1,8 @@
-"""The papermill engine: ``papermill --engine safe-exec`` runs the cells inside limits and records a dead kernel as what it is.
+"""The papermill engine: ``papermill --engine safe-exec`` runs the cells inside limits.
 
-papermill keeps its own ways: parameters, progress, timings, autosave, where the notebook is written, what is raised. It imports this
-module at every start wherever safe-exec is installed; the rest of ours is imported when a notebook is run.
+A dead kernel is recorded with its cause. papermill keeps its own parameters, progress, timings,
+autosave, output path and exceptions. It imports this module at every start if safe-exec is
+installed, so our other modules are imported when a notebook runs.
 """
 
 from __future__ import annotations
@@ -47,15 +48,15 @@ class SafeExecEngine(Engine):  # type: ignore[misc]
         exit_is: str = "success",
         **unused_options: Any,
     ) -> None:
-        """Run the cells of ``nb_man.nb``. papermill's timeouts are limits here: each cell's, and the start's.
+        """Run the cells of ``nb_man.nb``; papermill's timeouts become limits of cells and start.
 
         ``limits``, ``options``, ``require``, ``walls`` and ``exit_is`` are as for
-        :func:`safe_exec.run`; ``timeout`` is each cell's, as it is to papermill's own engine.
-        Raises UsageError for limits that are wrong, PlatformError on anything but Linux,
-        KeyboardInterrupt where we were stopped, and SafeExecError where the notebook has no
-        cell that could carry the error.
+        :func:`safe_exec.run`. Raises UsageError for wrong limits, PlatformError on anything but
+        Linux, KeyboardInterrupt after a signal, and SafeExecError if the notebook has no cell for
+        the error.
         """
         engine_options = dict(options or {})
+        # ``timeout`` is nbclient's name, which papermill's own engine accepts as well.
         seconds = execution_timeout or unused_options.get("timeout")
         if seconds:
             engine_options["cell_timeout"] = seconds
@@ -72,9 +73,8 @@ class SafeExecEngine(Engine):  # type: ignore[misc]
             walls=walls,
             exit_is=exit_is,
         )
-        nb_man.nb = (
-            prepared.node
-        )  # filled in place: what is saved on the way has the outputs so far
+        # Filled in place, so that papermill's autosave has the outputs so far.
+        nb_man.nb = prepared.node
         relay = Relay(nb_man, log_output=log_output, stdout=stdout_file, stderr=stderr_file)
         logger.info(f"Executing notebook with kernel: {kernel_name}")
         verdict = _run(prepared, relay)
@@ -103,6 +103,7 @@ def _prepared(
         Path(input_path)
         # The caller may have passed a notebook instead of a path.
         if isinstance(input_path, str) and os.path.isfile(input_path)
+        # Any name in the working directory: only its folder matters, for safe-exec.yaml.
         else Path.cwd() / "notebook.ipynb"
     )
     source = notebook.Source.of_data(path, notebook.dumps(node))
@@ -111,6 +112,7 @@ def _prepared(
         path=path,
         kernel=kernel,
         cwd=Path.cwd(),
+        # papermill writes the documents, and one run is what its users expect.
         bisect=Bisect.NEVER,
         writes=False,
         walls=checked,
@@ -135,6 +137,7 @@ def _finished(coroutine: Coroutine[Any, Any, Any]) -> Any:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(coroutine)
+    # asyncio.run refuses to start inside a running loop.
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(asyncio.run(coroutine)))
     thread.start()
@@ -145,10 +148,7 @@ def _finished(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 
 class Relay:
-    """Tells papermill's execution manager what happens, in its own words and at the time.
-
-    papermill counts every cell, those of text and those that are skipped too; a trial speaks of those that it runs.
-    """
+    """Reports the progress of a trial to papermill's execution manager as it happens."""
 
     def __init__(
         self, nb_man: Any, *, log_output: bool, stdout: TextIO | None, stderr: TextIO | None
@@ -156,6 +156,8 @@ class Relay:
         self.nb_man = nb_man
         self.log_output = log_output
         self.files = {"stdout": stdout, "stderr": stderr}
+        # papermill counts all cells, including Markdown and skipped ones. A trial reports only the
+        # cells that it runs.
         self.next = 0
         self.running: int | None = None
 
@@ -171,6 +173,7 @@ class Relay:
             self._catch_up(event.index)
             self._begin(event.index)
         elif isinstance(event, CellFinished) and event.index == self.running:
+            # papermill marks failed cells, and an allowed error is no failure.
             failed = event.status is CellStatus.KILLED or (
                 event.status is CellStatus.FAILED and not self._is_allowed(event.index)
             )
@@ -185,6 +188,7 @@ class Relay:
 
     def _catch_up(self, index: int) -> None:
         """Report cells that do not run as started and finished."""
+        # papermill's progress bar expects every cell.
         while self.next < index:
             self._begin(self.next)
             self._end(self.next - 1, failed=False)
@@ -224,6 +228,7 @@ class Relay:
         file = self.files.get(name)
         if file is not None:
             file.write(text)
+            # Readers such as `tail -f` follow this file during the run.
             file.flush()
 
     # --- the end of the run
@@ -242,6 +247,7 @@ class Relay:
         if index is not None:
             self._mark(index, verdict)
         if verdict.status is Status.CANCELLED:
+            # Our handler took the signal, so papermill has not seen it.
             raise KeyboardInterrupt
         if index is None:
             from safe_exec.errors import SafeExecError
@@ -256,6 +262,7 @@ class Relay:
         code = [
             index for index, cell in enumerate(self.nb_man.nb.cells) if cell.cell_type == "code"
         ]
+        # A failure before the first cell (the kernel did not start) still needs a place.
         return next((index for index in code if index >= self.next), code[-1] if code else None)
 
     def _mark(self, index: int, verdict: Verdict) -> None:

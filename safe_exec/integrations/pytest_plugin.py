@@ -170,6 +170,7 @@ def pytest_configure(config: pytest.Config) -> None:
     except SafeExecError as error:
         raise pytest.UsageError(str(error)) from None
     if not hasattr(config, "workerinput"):
+        # The controller of xdist builds the reports; its workers only transfer them.
         config.pluginmanager.register(Headlines(), "safe-exec-headlines")
 
 
@@ -177,6 +178,7 @@ def _settings(config: pytest.Config) -> Settings:
     """Read the options. Raises UsageError, LimitsError and PlatformError."""
     from safe_exec.platforms import refuse_elsewhere
 
+    # Before the imports below, which fail on other systems.
     refuse_elsewhere()
     from safe_exec.cli.inputs import inputs_of, variables_of, walls_with
     from safe_exec.cli.run import parse_budget, walls_of
@@ -195,6 +197,7 @@ def _settings(config: pytest.Config) -> Settings:
         limits=_checked(config.getoption("safe_exec_limits"), options),
         options=options,
         walls=walls_with(walls_of(_isolation_options(config), prefix="--safe-exec-"), variables),
+        # Lenient: in a folder of notebooks, some have no cell with a given tag.
         inputs=inputs_of(input_options, lenient=True),
         variables=variables,
         cwd=_working_directory(config.getoption("safe_exec_cwd"), config.invocation_params.dir),
@@ -215,7 +218,8 @@ def _isolation_options(config: pytest.Config) -> dict[str, Any]:
 
 
 def _input_options(config: pytest.Config) -> dict[str, Any]:
-    """The options that change notebooks, by the names that those of the command have."""
+    """Return the options that change notebooks, under the names that the command uses."""
+    # Relative to the directory of the command, not to pytest's root directory.
     base = config.invocation_params.dir
     files = {
         key: [base / path for path in config.getoption(f"safe_exec_{name}")]
@@ -256,6 +260,7 @@ def _checked(limits: str | None, options: dict[str, str]) -> str | None:
     if limits is None:
         return None
     profile = profiles.load_profile(limits, machine_memory=memory)
+    # A name stays a name, so that errors and the header show the user's own word.
     return limits if profile.path.parent == profiles.profile_dir() else str(profile.path.absolute())
 
 
@@ -352,6 +357,7 @@ class NotebookItem(pytest.Item):
             self.warn(FilesNotKept(f"{self.nodeid}: {warning}"))
         if not self._settings.keeps:
             for path in verdict.outputs.values():
+                # Only failures are worth keeping in the cache.
                 Path(path).unlink(missing_ok=True)
 
     @property
@@ -365,6 +371,7 @@ class NotebookItem(pytest.Item):
         from safe_exec.workflows.run import run_job
 
         settings, stem = self._settings, self._stem()
+        # Documents keep the notebook's relative path, so equal names do not collide.
         stem.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             # Warnings of our dependencies do not concern the user: `-W error` is meant for their
@@ -394,6 +401,7 @@ class NotebookItem(pytest.Item):
 
     def _stem(self) -> Path:
         """Return the stem of the documents: the notebook's path below the root directory."""
+        # A notebook outside of the root directory keeps its whole path, which is unique.
         root, path = self.config.rootpath, self.path
         relative = (
             path.relative_to(root) if path.is_relative_to(root) else path.relative_to(path.anchor)
@@ -415,8 +423,10 @@ class NotebookItem(pytest.Item):
             and text is not None
             and (cell := placed(text, {crash.index}).get(crash.index)) is not None
         ):
+            # An unknown line points at the first line of the cell.
             line = (crash.line or 1) - 1
             self._line = cell.lines[line if line < len(cell.lines) else 0] - 1
+        # Node.location is a cached_property.
         self.__dict__.pop("location", None)
 
     def reportinfo(self) -> tuple[Path, int, str]:
@@ -456,6 +466,7 @@ def properties(verdict: Verdict) -> Iterable[tuple[str, str | int | float]]:
         "memory_peak": verdict.usage.memory_peak,
         "memory_limit": verdict.limits.memory,
     }
+    # A missing property means not measured; JUnit XML has no null.
     return [(name, value) for name, value in figures.items() if value is not None]
 
 
