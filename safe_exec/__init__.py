@@ -28,6 +28,7 @@ __all__ = [
     "run_async",
 ]
 
+# The module of each name.
 _HOMES = {
     "run": "api",
     "run_async": "api",
@@ -47,6 +48,7 @@ def __getattr__(name: str) -> object:
     from importlib import import_module
 
     if name in ("run", "run_async"):
+        # The modules of these two import fcntl and others, which only Unix has.
         from safe_exec.platforms import refuse_elsewhere
 
         refuse_elsewhere()

@@ -8,11 +8,9 @@ import os
 import sys
 
 OBJECTS_UNTIL_COLLECTION = 50_000
+# Modules that jsonschema imports if JupyterLab is installed; compiling a grammar takes 0.8 s. No
+# notebook's schema uses the formats that they check.
 UNUSED = ("isoduration", "rfc3986_validator", "rfc3987_syntax")
-"""Modules that jsonschema imports if JupyterLab is installed; compiling a grammar takes 0.8 s.
-
-No notebook's schema uses the formats that they check.
-"""
 
 
 def main() -> None:
@@ -29,6 +27,8 @@ def main() -> None:
         and sys.platform.startswith("linux")
         and not {"-h", "--help"} & set(sys.argv)
     ):
+        # The keeper's interpreter takes 25 ms to start. Meanwhile this process imports the command
+        # line.
         from safe_exec.sandbox import keeper_process
 
         keeper_process.prestart()

@@ -45,28 +45,27 @@ def run(
     bisect_budget: float | None = None,
     on_event: EventSink | None = None,
 ) -> Verdict:
-    """Run one notebook inside its limits, write the annotated notebook and the verdict, and return the verdict.
+    """Run one notebook inside its limits, write its documents, and return the verdict.
 
-    ``limits`` is the name of a profile, the path of a limits file, or a :class:`Limits` (in
-    place of any profile). ``options`` are single limits by name (``{"memory": "512M",
-    "cell_timeout": 30}``), which win over everything else. ``output``, ``verdict`` and
-    ``repro`` default to ``NB.out.ipynb``, ``NB.verdict.json`` and ``NB.repro.ipynb`` (written
-    where culprits were found) beside the notebook. ``kernel`` overrides the notebook's own,
-    ``cwd`` its folder as working directory. ``require`` names limits that the system's kernel
-    must hold (``"memory,processes"`` or ``"all"``). ``mechanisms`` allows only some of
-    ``cgroup-v2``, ``cgroup-v1``, ``rlimit``, ``watchdog``, ``bubblewrap``, ``landlock`` and
-    ``seccomp``. ``walls`` are the keys of a file's ``isolation:`` (``{"network": False, "hide":
-    ["/srv/data"]}``) and change what the profile says of it; paths begin with ``/`` or ``~``.
-    ``parameters`` are set in a cell of their own, as papermill does. ``skip_tags``,
-    ``only_tags`` and ``until`` (a number from 1, an id or a tag) choose the code cells to run.
-    ``exit_is="error"`` makes ``sys.exit(0)`` an error of its cell; otherwise it ends the
-    notebook as passed. ``bisect`` is ``"auto"``, ``"always"`` or ``"never"``: whether a search
-    for the culprits follows a failure; ``bisect_budget`` the seconds it may take (``None``: 60,
-    or three times the first run). ``on_event`` is called with each event.
+    ``limits`` is the name of a profile, the path of a limits file, or a :class:`Limits` (instead of
+    any profile). ``options`` are single limits by name (``{"memory": "512M", "cell_timeout":
+    30}``), which override everything else. ``output``, ``verdict`` and ``repro`` default to
+    ``NB.out.ipynb``, ``NB.verdict.json`` and ``NB.repro.ipynb`` (written if culprits were found)
+    beside the notebook. ``kernel`` overrides the notebook's own, ``cwd`` its folder as working
+    directory. ``require`` names limits that the operating system must enforce
+    (``"memory,processes"`` or ``"all"``). ``mechanisms`` allows only some of ``cgroup-v2``,
+    ``cgroup-v1``, ``rlimit``, ``watchdog``, ``bubblewrap``, ``landlock`` and ``seccomp``. ``walls``
+    are the keys of a file's ``isolation`` section (``{"network": False, "hide": ["/srv/data"]}``)
+    and override the profile; paths begin with ``/`` or ``~``. ``parameters`` are set in a new cell,
+    as papermill does. ``skip_tags``, ``only_tags`` and ``until`` (a number from 1, an id or a tag)
+    select the code cells to run. ``exit_is="error"`` makes ``sys.exit(0)`` an error of its cell;
+    otherwise it ends the notebook as passed. ``bisect`` is ``"auto"``, ``"always"`` or ``"never"``:
+    whether a culprit search follows a failure; ``bisect_budget`` is its time limit in seconds
+    (``None``: 60, or three times the first run). ``on_event`` is called with each event.
 
-    A notebook that fails is a verdict, not an exception. Raises UsageError (and its kinds
-    NotebookError, LimitsError, OutputPathError) for input that cannot be used; nothing has been
-    written then. Must not be called from a running event loop: use :func:`run_async` there.
+    A failing notebook yields a verdict, not an exception. Raises UsageError (and its kinds
+    NotebookError, LimitsError, OutputPathError) for unusable input, before anything is written.
+    Must not be called from a running event loop: use :func:`run_async` there.
     """
     _refuse_a_running_loop()
     return asyncio.run(
@@ -134,12 +133,14 @@ async def run_async(
         require=require,
         mechanisms=tuple(mechanisms) if mechanisms is not None else None,
         env=env,
+        # Checked here, so that errors name the parameter and not a file.
         walls=isolation.of_mapping(walls or {}, "walls"),
         inputs=NotebookInputs(
             parameters=parameters or {},
             selection=CellSelection(
                 skip_tags=tuple(skip_tags),
                 only_tags=tuple(only_tags),
+                # A number is the position of a code cell, as on the command line.
                 until=None if until is None else str(until),
             ),
             exit_is=exit_meaning(exit_is),
@@ -154,6 +155,7 @@ async def run_async(
 def _refuse_a_running_loop() -> None:
     try:
         asyncio.get_running_loop()
+    # asyncio has no other question for this; without a loop it raises.
     except RuntimeError:
         return
     raise RuntimeError(

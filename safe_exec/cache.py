@@ -21,6 +21,7 @@ def cache_root() -> Path:
     It is ``$XDG_CACHE_HOME/safe-exec`` or ``~/.cache/safe-exec``, else a directory in /tmp that
     belongs to the user. Raises OSError if none of them can be written.
     """
+    # Most runs make no search and need no cache.
     import platformdirs
 
     usual = platformdirs.user_cache_path(APPLICATION, appauthor=False)
@@ -28,6 +29,7 @@ def cache_root() -> Path:
     # Without a home directory the usual path is relative.
     for path in (usual, own) if usual.is_absolute() else (own,):
         with contextlib.suppress(OSError):
+            # 0o700: the cache contains copies of folders, for later searches.
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.mkdir(mode=0o700, exist_ok=True)
             if _is_ours(path):
@@ -45,4 +47,5 @@ def _is_ours(path: Path) -> bool:
 
 def key_of(parts: Mapping[str, Any]) -> str:
     """Return the name of an entry: a hash of everything that the answer depends on."""
+    # sort_keys: equal parts must have one name, whatever their order.
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

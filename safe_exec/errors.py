@@ -14,6 +14,7 @@ class SafeExecError(Exception):
     exit_code = 7
 
 
+# Click exits with 2 for wrong options, and so do all other errors of usage.
 class UsageError(SafeExecError):
     """Bad usage or unreadable input. Nothing has been written."""
 
@@ -57,9 +58,10 @@ class KernelStartError(SafeExecError):
 
 
 class KernelMissingError(KernelStartError):
-    """The named kernel is not installed; ``installed`` maps the installed ones to their languages."""
+    """The named kernel is not installed; ``installed`` maps installed kernels to languages."""
 
     def __init__(self, name: str, installed: Mapping[str, str]) -> None:
         names = ", ".join(sorted(installed)) or "none"
         super().__init__(f"no kernel named {name!r} is installed; installed: {names}")
+        # Tools may offer another kernel of the same language.
         self.installed = installed

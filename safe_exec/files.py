@@ -15,7 +15,9 @@ from typing import BinaryIO, Self
 
 from safe_exec.errors import OutputPathError, UsageError
 
+# Bytes that are read at a time.
 _PIECE = 2**20
+# Errors of open(2) if the file system or the kernel does not support O_TMPFILE.
 _NO_TMPFILE = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL}
 
 
@@ -25,6 +27,8 @@ class _NotRegularError(OSError):
 
 def one_line(text: object) -> str:
     """Return ``text`` for a one-line message, with unprintable characters escaped."""
+    # A name with a line break would fake a second message, and one with an escape sequence would
+    # control the terminal.
     plain = str(text)
     return plain if plain.isprintable() else repr(plain)[1:-1]
 
@@ -43,6 +47,7 @@ def read_regular(path: Path, *, most: int, error: type[UsageError]) -> bytes:
     name = one_line(path)
     try:
         with os.fdopen(_open_regular(path), "rb") as file:
+            # One byte more, to tell a file of exactly this size from a larger one.
             data = _read_up_to(file, most + 1)
     except FileNotFoundError:
         raise error(f"{name}: no such file{_nearest(path)}") from None
@@ -110,6 +115,7 @@ def _system_text(problem: OSError | ValueError) -> str:
     if isinstance(problem, ValueError):
         return "a file name cannot contain a NUL character"
     text = problem.strerror or str(problem)
+    # The system's texts begin with a capital, and continue a sentence here.
     return text[:1].lower() + text[1:]
 
 
@@ -228,6 +234,7 @@ def _replace(directory: int, name: str, pieces: Iterable[bytes]) -> None:
     try:
         _fill(directory, temporary, pieces)
         os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+    # Also for KeyboardInterrupt: no temporary file may remain.
     except BaseException:
         with suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=directory)
@@ -287,6 +294,7 @@ class OutputRoot:
             try:
                 with suppress(FileExistsError):
                     os.mkdir(name, dir_fd=outer)
+                # O_NOFOLLOW at each step: a notebook may have replaced a directory by a link.
                 descriptor = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=outer)
             finally:
                 os.close(outer)
@@ -352,6 +360,7 @@ class ReservedSpace:
         self._fd = -1
         with contextlib.suppress(OSError, AttributeError):
             self._fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            # fallocate reserves blocks; a sparse file would reserve nothing.
             os.posix_fallocate(self._fd, 0, size)
 
     def release(self) -> None:
@@ -368,8 +377,10 @@ def _temporary_name() -> str:
 
 def _fill(directory: int, name: str, pieces: Iterable[bytes]) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    # 0o666: the umask decides, as for any other file that a user creates.
     with os.fdopen(os.open(name, flags, 0o666, dir_fd=directory), "wb") as file:
         file.writelines(pieces)
+        # Durable before the rename: after a crash the name must not lead to an empty file.
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,4 +1,6 @@
-"""nbclient's client with kernels inside limits: the same signature, so a subclass changes one import.
+"""nbclient's client with kernels inside limits.
+
+The signature is the same, so users change one import:
 
     from safe_exec.nbclient import NotebookClient
 
@@ -15,4 +17,4 @@ __all__ = ["NotebookClient"]
 
 
 class NotebookClient(SandboxedKernels, PlainNotebookClient):  # type: ignore[misc]
-    """Runs a notebook as nbclient does; ``limits``, ``kernel_options`` and ``on_death`` are traits of its own."""
+    """nbclient's client with the traits ``limits``, ``kernel_options`` and ``on_death``."""

@@ -1,7 +1,6 @@
-"""Where notebooks can be run at all: on Linux, by a Python with its global lock. Elsewhere nothing is begun.
+"""Refuses platforms on which notebooks cannot be run; imports only modules that every system has.
 
-Control groups, rlimits that count private memory, the raw wait status of a kernel's whole tree, /proc: all are Linux's. Imports errors only,
-so that it can be asked before anything is imported that other systems lack (fcntl, resource).
+Notebooks need Linux and a Python with its global interpreter lock.
 """
 
 from __future__ import annotations
@@ -12,22 +11,25 @@ from typing import Any
 
 from safe_exec.errors import PlatformError
 
+# Limits need Linux: control groups, rlimits that count private memory, /proc, and the raw wait
+# status of every process in a tree.
 NAMES = {"darwin": "macOS", "win32": "Windows"}
 WAYS = {"win32": "run it in WSL 2 (`wsl --install`) or in a Linux container"}
 ELSEWHERE = "run it in a Linux virtual machine or container"
 
 
+# The module about sub-interpreters, since Python 3.13 and before.
 SUBINTERPRETERS = ("_interpreters", "_xxsubinterpreters")
-"""The module that knows them, since Python 3.13 and before."""
 
 
 def refuse_elsewhere() -> None:
-    """Raise PlatformError on anything but Linux, without the interpreter's lock, and in a sub-interpreter."""
+    """Raise PlatformError unless on Linux, with the interpreter's lock, in the main interpreter."""
     if not sys.platform.startswith("linux"):
         name = NAMES.get(sys.platform, sys.platform)
         raise PlatformError(
             f"notebooks are run on Linux only, and this is {name}: {WAYS.get(sys.platform, ELSEWHERE)}"
         )
+    # Without the lock, the stack of a running thread cannot be read.
     if not has_global_lock():
         raise PlatformError(
             f"safe-exec is not tested on a free-threaded Python ({sys.version.split()[0]}) without the global"
@@ -41,22 +43,25 @@ def refuse_elsewhere() -> None:
 
 
 def has_global_lock() -> bool:
-    """Whether one thread runs Python at a time; a free-threaded build (PEP 703) may have the lock switched on."""
-    is_enabled = getattr(sys, "_is_gil_enabled", None)  # since Python 3.13
+    """Tell whether only one thread runs Python at a time."""
+    # Since Python 3.13. A free-threaded build (PEP 703) may run with the lock (PYTHON_GIL=1).
+    is_enabled = getattr(sys, "_is_gil_enabled", None)
     return is_enabled is None or bool(is_enabled())
 
 
 def in_main_interpreter() -> bool:
-    """Whether this is the interpreter that the process began with."""
+    """Tell whether this is the first interpreter of the process."""
     for name in SUBINTERPRETERS:
         try:
             module = importlib.import_module(name)
-        except ImportError:  # PyPy, and builds without it
+        # PyPy, and builds without sub-interpreters.
+        except ImportError:
             continue
         return _number(module.get_current()) == _number(module.get_main())
     return True
 
 
 def _number(interpreter: Any) -> int:
-    """The number of an interpreter, which Python 3.13 hands out in a tuple."""
+    """Return the number of an interpreter."""
+    # Python 3.13 returns a tuple that begins with the number.
     return int(interpreter[0] if isinstance(interpreter, tuple) else interpreter)

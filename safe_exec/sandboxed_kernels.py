@@ -1,7 +1,7 @@
-"""Kernels inside limits for every class that is built on nbclient's client: nbconvert's, nbgrader's, and others' own.
+"""Kernels inside limits for all classes based on nbclient's client, such as nbconvert's.
 
-The client's kernel is started by the command `safe-exec kernel`, so nothing of the client changes:
-its hooks, timeouts and errors stay, and a kernel that dies is the error of its cell.
+The client starts the command `safe-exec kernel`, so its hooks, timeouts and errors stay, and the
+death of a kernel is the error of its cell.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from traitlets import Enum, HasTraits, List, Unicode
 
 
 class SandboxedKernels(HasTraits):  # type: ignore[misc]
-    """To be named before a subclass of ``nbclient.NotebookClient``."""
+    """A mix-in; it comes before a subclass of ``nbclient.NotebookClient``."""
 
     limits = Unicode(
         "default", help="A profile (default, ci, strict, untrusted) or a YAML file of limits."
@@ -29,10 +29,12 @@ class SandboxedKernels(HasTraits):  # type: ignore[misc]
     ).tag(config=True)
 
     def create_kernel_manager(self) -> Any:
-        """The client's own manager, whose kernel runs inside limits."""
+        """Create the client's own manager for a kernel inside limits."""
         manager = super().create_kernel_manager()
+        # A copy: KernelSpecManager may give the same spec to other clients.
         spec = copy.copy(manager.kernel_spec)
         spec.argv = self.kernel_command(manager.kernel_name)
+        # `safe-exec kernel` is a plain process, and does not support CurveZMQ.
         spec.metadata = {
             key: value
             for key, value in (spec.metadata or {}).items()
@@ -42,7 +44,9 @@ class SandboxedKernels(HasTraits):  # type: ignore[misc]
         return manager
 
     def kernel_command(self, kernel_name: str) -> list[str]:
-        """The command that replaces the kernel's own."""
+        """Return the command that replaces the kernel's own."""
+        # -P: modules in the notebook's folder must not replace ours.
         argv = [sys.executable, "-P", "-m", "safe_exec", "kernel", "-f", "{connection_file}"]
+        # Sessions are recorded for people; a program has its notebook.
         argv += ["--kernel", kernel_name, "--limits", self.limits, "--no-history"]
         return [*argv, "--on-death", self.on_death, *self.kernel_options]

@@ -13,8 +13,8 @@ import math
 import re
 from decimal import Decimal
 
+# Words that lift a limit, like a real null.
 UNLIMITED = frozenset({"none", "null", "unlimited"})
-"""Words that lift a limit, like a real null."""
 
 # Characters: no real value is longer, and short texts keep the regular expressions fast.
 _LONGEST = 40
@@ -70,9 +70,11 @@ def parse_size(value: object) -> int | None:
     match = _SIZE_RE.fullmatch(text)
     if match is None:
         raise _wrong(value, _SIZE)
+    # Decimal, because a float cannot hold every number of bytes above 2**53.
     number = Decimal(match[1])
     size = number * 1024 ** " kmgt".index(match[2].lower() or " ")
     if not match[2] and number != number.to_integral_value():
+        # 1.5 without a unit is most likely a forgotten G.
         raise _wrong(value, f"{_SIZE} (bytes are whole)")
     return int(_within(value, size, least=Decimal(1), most=Decimal(_MOST_BYTES)))
 
@@ -144,9 +146,8 @@ def format_size(size: float) -> str:
         return f"{sign}{amount:.0f} B"
     units = iter(("KiB", "MiB", "GiB", "TiB"))
     unit = "B"
-    while amount >= 1023.5 and (
-        larger := next(units, None)
-    ):  # 1023.9 MiB would be printed as 1024 MiB
+    # From 1023.5 on, since 1023.9 MiB would be printed as 1024 MiB.
+    while amount >= 1023.5 and (larger := next(units, None)):
         amount, unit = amount / 1024, larger
     return f"{sign}{amount:.1f} {unit}" if amount < 99.95 else f"{sign}{amount:.0f} {unit}"
 
@@ -177,19 +178,20 @@ def _text(value: object, expected: str) -> str | None:
     """Return the value as text; ``None`` if it means unlimited."""
     if value is None or (isinstance(value, str) and value.strip().lower() in UNLIMITED):
         return None
+    # bool is a subclass of int; `memory: true` is a mistake.
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise _wrong(value, expected)
     if isinstance(value, float) and not math.isfinite(value):
         raise _wrong(value, expected)
-    if (
-        isinstance(value, int) and abs(value) >= 10**_LONGEST
-    ):  # str() of a giant integer is slow, then refused
+    # str() of a giant integer is slow, then refused.
+    if isinstance(value, int) and abs(value) >= 10**_LONGEST:
         raise UnitError(
             f"a number of {value.bit_length()} bits is out of range; expected {expected}"
         )
     text = str(value).strip()
     if len(text) > _LONGEST:
         raise _wrong(value, expected)
+    # The general error would not tell how to write an unlimited value.
     if re.match(r"-\s*[0-9.]", text):
         raise UnitError(f"{shown(value)} is negative; expected {expected}; none means unlimited")
     return text.removeprefix("+")
