@@ -28,6 +28,7 @@ DEEPEST = 200
 PIECE = 1 << 18
 
 _TOO_DEEP = "(nested too deeply)"
+# Output lines of a whole notebook that are written separately; see _Budget.
 _MOST_LINES = 200_000
 # Of str.splitlines.
 _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
@@ -37,7 +38,9 @@ _ODD = tuple({*map(chr, range(32)), *_LINE_ENDS} - {"\t", "\n"})
 # Characters from which on it is worth while to look for those first.
 _WORTHWHILE = 500
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# The types without text/ that nbformat splits into lines (nbformat/v4/rwbase.py).
 _SPLIT_TOO = ("application/javascript", "image/svg+xml")
+# Metadata that nbformat removes before it writes a file.
 _TRANSIENT = ("orig_nbformat", "orig_nbformat_minor", "signature")
 
 

@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# The lines that `git merge` writes around both versions.
 _CONFLICT = re.compile(rb"^(?:<{7}|>{7}) |^={7}\r?$", re.MULTILINE)
 _LFS = b"version https://git-lfs.github.com/spec/"
+# The first bytes of other formats, their names, and remedies.
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (
         b"\x1f\x8b",
@@ -52,6 +54,7 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     ),
 )
 _JUPYTEXT = "make a notebook of it: jupytext --to ipynb {file}"
+# Formats without such bytes, by the suffix of the name.
 _SUFFIXES: Mapping[str, tuple[str, str]] = {
     ".py": ("a Python script", f"run it with python {{file}}, or {_JUPYTEXT}"),
     ".ipy": ("an IPython script", "run it with ipython {file}"),
@@ -74,6 +77,7 @@ _LARGEST_SOURCE = 1 << 20
 
 def guess(path: Path, data: bytes) -> str | None:
     """Return the kind of a file that is not JSON, with a way to a notebook; ``None`` if unknown."""
+    # From the most reliable sign to the least.
     kind = _by_content(data) or _by_name(path) or _by_source(data) or _cut_off(data)
     if kind is None:
         return None
@@ -115,6 +119,7 @@ def _by_content(data: bytes) -> tuple[str, str] | None:
     for magic, description, remedy in _MAGIC:
         if data.startswith(magic):
             return (description, remedy)
+    # A frequent download: the page that shows a notebook, or the page of a login.
     if _HTML.match(data):
         return (
             "an HTML page",

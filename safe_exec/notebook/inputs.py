@@ -24,7 +24,7 @@ class ExitMeaning(StrEnum):
 
 
 def exit_meaning(text: str) -> ExitMeaning:
-    """The meaning by its name. Raises UsageError."""
+    """Parse the name of a meaning. Raises UsageError."""
     try:
         return ExitMeaning(text)
     except ValueError:
@@ -32,17 +32,16 @@ def exit_meaning(text: str) -> ExitMeaning:
 
 
 class CellSelection(Struct, frozen=True, kw_only=True):
-    """A choice among the code cells of a notebook.
+    """A selection of the code cells of a notebook."""
 
-    ``skip_tags`` leaves out cells with any of these tags, ``only_tags`` cells with none of them.
-    ``until`` is the last cell to run: its number among the code cells (from 1), its id, or its tag.
-    ``lenient``: a notebook without any of ``only_tags`` runs nothing, with a warning; it is refused
-    otherwise. Among many notebooks some have no such cell.
-    """
-
+    # Skip cells with any of these tags.
     skip_tags: tuple[str, ...] = ()
+    # Skip cells with none of these tags.
     only_tags: tuple[str, ...] = ()
+    # The last cell to run: its number among the code cells (from 1), its id, or its tag.
     until: str | None = None
+    # A notebook without any of ``only_tags`` runs nothing, with a warning, and is not refused:
+    # among many notebooks some have no such cell.
     lenient: bool = False
 
     def __bool__(self) -> bool:
@@ -69,7 +68,7 @@ class Applied(NamedTuple):
 
 
 def apply(node: Any, inputs: NotebookInputs, language: str | None) -> Applied:
-    """The notebook with its parameters set and its cells chosen. Raises UsageError.
+    """Set the parameters and select the cells of a notebook. Raises UsageError.
 
     Cell numbers in ``inputs`` are those of the notebook's file. Cell numbers of the run count the
     cell that sets the parameters, as the output notebook shows it.
@@ -84,8 +83,10 @@ def apply(node: Any, inputs: NotebookInputs, language: str | None) -> Applied:
     skipped = skipped_cells(node, inputs.selection)
     indexes = skipped.indexes
     if injected.inserted_at is not None:
+        # The new cell shifts the indexes of all later cells.
         at = injected.inserted_at
         indexes = frozenset(index + (index >= at) for index in indexes)
+        # The new cell does not run either if it lies behind the last cell to run.
         if skipped.last is not None and at > skipped.last + 1:
             indexes |= {at}
     return Applied(injected.node, indexes, (*injected.warnings, *skipped.warnings))

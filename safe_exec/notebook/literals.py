@@ -17,11 +17,12 @@ from typing import NamedTuple
 Value = None | bool | int | float | str | Sequence["Value"] | Mapping[str, "Value"]
 
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+# A name in R may begin with a dot, but not with a dot and a digit.
 _R_NAME = re.compile(r"(?:[A-Za-z]|\.(?![0-9]))[\w.]*")
 
 
 class Language(NamedTuple):
-    """How a language writes a comment, an assignment, a name and a value."""
+    """The syntax of a language for comments, assignments, names and values."""
 
     comment: str
     assignment: str
@@ -30,7 +31,7 @@ class Language(NamedTuple):
 
 
 def python(value: Value) -> str:
-    """A Python literal; floats that have none become a call."""
+    """Return a Python literal, or a call for a float without one."""
     if isinstance(value, float) and not math.isfinite(value):
         return f"float('{value}')"
     if isinstance(value, Mapping):
@@ -42,7 +43,7 @@ def python(value: Value) -> str:
 
 
 def r(value: Value) -> str:
-    """An R literal. A mapping becomes a named list, a sequence a list."""
+    """Return an R literal; a mapping becomes a named list, a sequence a list."""
     if value is None:
         return "NULL"
     if isinstance(value, bool):
@@ -58,7 +59,7 @@ def r(value: Value) -> str:
 
 
 def julia(value: Value) -> str:
-    """A Julia literal. ``$`` in a text is escaped: Julia would interpolate it."""
+    """Return a Julia literal."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -70,6 +71,7 @@ def julia(value: Value) -> str:
         return f"Dict({', '.join(items)})"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{', '.join(map(julia, value))}]"
+    # Julia would interpolate a variable after a dollar sign.
     return _quoted(value).replace("$", "\\$") if isinstance(value, str) else repr(value)
 
 
@@ -87,8 +89,9 @@ def bash(value: Value) -> str:
 
 
 def javascript(value: Value) -> str:
-    """A JavaScript literal, which is JSON but for numbers that JSON lacks."""
+    """Return a JavaScript literal."""
     if isinstance(value, float) and not math.isfinite(value):
+        # JSON lacks these numbers; all other JSON is valid JavaScript.
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
         items = (f"{json.dumps(str(key))}: {javascript(item)}" for key, item in value.items())
@@ -99,7 +102,7 @@ def javascript(value: Value) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A text in double quotes with the escapes that C, Python, R and Julia share."""
+    """Return a text in double quotes, with the escapes that Python, R and Julia share."""
     escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
     escaped = "".join(
         escapes.get(char) or (char if char.isprintable() else _escaped(char)) for char in text
@@ -114,6 +117,7 @@ def _escaped(char: str) -> str:
 
 
 def _is_python_name(name: str) -> bool:
+    # isidentifier() accepts keywords, too.
     return name.isidentifier() and not keyword.iskeyword(name)
 
 

@@ -65,6 +65,7 @@ _MOST_BYTES = 2**30
 MOST_CONTAINERS = 500_000
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _OUR_ENAME = re.compile(rf"{OUR_ERROR_PREFIX}(?!\w)")
+# The pattern of ids in nbformat's schema, since 4.5.
 _CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 

@@ -79,9 +79,10 @@ def typed(text: str) -> Value:
 
 
 def read_file(path: Path, option: str = "--parameters") -> dict[str, Value]:
-    """The parameters in a YAML or JSON file. Dates stay texts. Raises UsageError, one line."""
+    """Read the parameters in a YAML or JSON file. Raises UsageError, one line."""
     data = read_regular(path, most=_MOST_BYTES, error=UsageError)
     try:
+        # JSON is a subset of YAML, so one parser reads both.
         document = yaml.load(data, Loader=_Loader)  # noqa: S506 - a SafeLoader without dates
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -98,12 +99,10 @@ def read_file(path: Path, option: str = "--parameters") -> dict[str, Value]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without dates, which neither JSON nor kernels of other languages know.
-
-    Papermill passes texts.
-    """
+    """A loader that leaves dates as texts, as papermill passes them."""
 
 
+# Neither JSON nor the literals of all kernels have dates.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, regex) for tag, regex in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -114,7 +113,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def inject(node: Any, values: Mapping[str, Value], language: str | None) -> Injected:
-    """A copy of a notebook with a cell that sets the values; the notebook itself if there are none.
+    """Return a copy of a notebook with a cell that sets the values; without values, the notebook.
 
     ``language`` is that of the kernel; ``None`` counts as Python. Raises UsageError for a language
     without translation, a name that the language does not allow, and a value that it cannot hold.
@@ -122,14 +121,17 @@ def inject(node: Any, values: Mapping[str, Value], language: str | None) -> Inje
     if not values:
         return Injected(node, ())
     source = _source(values, language or "python")
+    # The caller may still need the original, for a search or for the next run.
     changed = copy.deepcopy(node)
     cells = changed.cells
     cell = _cell(source, with_id=node.nbformat_minor >= IDS_SINCE)
     warnings = _warnings(node, values, language)
     injected, defaults = _tagged(cells, INJECTED_TAG), _tagged(cells, DEFAULTS_TAG)
+    # The cell of an earlier run, papermill's or ours.
     if injected is not None:
         cells[injected] = cell
         return Injected(changed, warnings)
+    # Below the defaults, because the last assignment counts.
     index = 0 if defaults is None else defaults + 1
     cells.insert(index, cell)
     return Injected(changed, warnings, inserted_at=index)
@@ -168,6 +170,7 @@ def _cell(source: str, *, with_id: bool) -> Any:
         source=source,
     )
     if with_id:
+        # Not random, so that equal runs produce equal notebooks.
         cell["id"] = hashlib.sha256(source.encode()).hexdigest()[:8]
     return cell
 
@@ -176,6 +179,7 @@ def _warnings(node: Any, values: Mapping[str, Value], language: str | None) -> t
     if _tagged(node.cells, DEFAULTS_TAG) is None:
         return (WITHOUT_DEFAULTS,)
     declared = [parameter.name for parameter in declared_parameters(node, language)]
+    # A misspelt parameter would be set and never read, and the notebook would pass.
     unknown = [name for name in values if name not in declared]
     return tuple(_unknown(name, declared) for name in unknown)
 
@@ -196,7 +200,7 @@ def _tagged(cells: Sequence[Any], tag: str) -> int | None:
 
 
 def declared_parameters(node: Any, language: str | None) -> tuple[Parameter, ...]:
-    """The variables that the cell with the tag ``parameters`` sets, in order."""
+    """Return the variables that the cell with the tag ``parameters`` sets, in order."""
     index = _tagged(node.cells, DEFAULTS_TAG)
     if index is None or node.cells[index].cell_type != "code":
         return ()
@@ -222,6 +226,7 @@ def _python_parameters(source: str) -> list[Parameter]:
         else:
             continue
         if isinstance(target, ast.Name):
+            # The comment of an assignment over several lines follows its last line.
             comment = comments.get(statement.end_lineno or statement.lineno, "")
             type_comment, help_text = _split_comment(comment)
             parameters.append(
@@ -253,6 +258,7 @@ def _split_comment(comment: str) -> tuple[str, str]:
 
 def _line_parameters(source: str) -> list[Parameter]:
     parameters = []
+    # Without a parser for the language, only assignments on one line are recognised.
     for line in source.splitlines():
         comment = _COMMENT.search(line)
         match = _ASSIGNMENT.match(line[: comment.start()] if comment else line)

@@ -73,12 +73,14 @@ def _last(code: Sequence[tuple[int, Any]], until: str | None, tags: Sequence[str
         return code[number - 1][0]
     by_id = [index for index, cell in code if cell.get("id") == until]
     by_tag = [index for index, cell in code if until in _tags(cell)]
+    # Ids are unique, so an id is the more exact name.
     matches = by_id or by_tag
     if not matches:
         raise UsageError(
             f"--until {one_line(until)}: no code cell has this number, id or "
             f"tag{_hint(until, tags)}"
         )
+    # A tag may mark several cells, and all of them run.
     return matches[-1]
 
 

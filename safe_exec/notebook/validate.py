@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _CELL_TYPES = ("code", "markdown", "raw")
-# What outputs must have, and what stands there where a tool has left it out.
+# The required keys of outputs that some tools omit, and their default values.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "stream": {"name": "stdout"},
     "display_data": {"metadata": {}},
@@ -70,9 +70,8 @@ def _cell_problems(cell: Any) -> Iterator[str]:
     metadata = cell.get("metadata")
     if not isinstance(metadata, dict):
         yield "metadata must be an object"
-    elif not isinstance(
-        metadata.get("tags", []), list | str | dict
-    ):  # nbclient looks for words in it; others do no harm
+    # nbclient only tests whether a word is in the tags, so texts and mappings do no harm.
+    elif not isinstance(metadata.get("tags", []), list | str | dict):
         yield "metadata.tags must be a list of words"
     attachments = cell.get("attachments", {})
     if not isinstance(attachments, dict) or not all(
@@ -84,10 +83,8 @@ def _cell_problems(cell: Any) -> Iterator[str]:
         # The format requires the key, and some tools omit it.
         cell.setdefault("execution_count", None)
         return
-    for key in (
-        "outputs",
-        "execution_count",
-    ):  # converters leave them in cells of text, where no format has them
+    # Converters leave these keys in text cells, where no format allows them.
+    for key in ("outputs", "execution_count"):
         if not cell.get(key):
             cell.pop(key, None)
 
