@@ -137,10 +137,12 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> i
     to bad: 0 passed, 1 a cell raised, 5 a limit, 4 timeout, 3 the kernel died, 6 it did not start,
     2 unreadable input, 7 safe-exec failed, 130 stopped.
     """
+    # Imported here, because --help needs none of these modules.
     from safe_exec.batch import ci
     from safe_exec.batch.report_registry import write_all
     from safe_exec.batch.scheduler import Plan, run_batch
 
+    # Detected from the environment, unless an option decides.
     github = ci.on_github() if options["github"] is None else options["github"]
     gitlab = ci.on_gitlab() if options["gitlab"] is None else options["gitlab"]
     more = ci.reports(github=github, gitlab=gitlab)
@@ -208,6 +210,7 @@ def _made(out: Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputPathError(f"--out {one_line(out)}: cannot be made: {error.strerror}") from None
+    # The root of all documents must contain no link: see OutputRoot.
     return Path(out.resolve())
 
 
@@ -215,6 +218,7 @@ def _template(options: dict[str, Any], jobs: int) -> Any:
     """Return the job of every notebook, except for its paths."""
     # Host capabilities are detected once. Each of the parallel notebooks gets its share of memory.
     cwd = options["cwd"].absolute() if options["cwd"] is not None else None
+    # Lenient: among many notebooks some have no cell with a given tag.
     job = job_of(Path(), options | {"verdict": None, "cwd": cwd}, lenient=True)
     machine = probe_isolation(detect(parse_mechanisms(job.mechanisms)))
     memory = machine.memory_total
@@ -233,6 +237,7 @@ def _show(batch: BatchResult, stream: TextIO, *, quiet: bool) -> None:
     style = Style.of(stream)
     if not quiet:
         for result in batch.results:
+            # The terminal shows the notebooks that need attention; the reports list all.
             if result.status not in ("passed", UNCHANGED, NOT_RUN) or result.flaky:
                 click.echo(
                     style.paint(

@@ -54,6 +54,7 @@ def command(target: Path, budget: str, as_json: bool, quiet: bool) -> int:
     with progress.Progress(
         sys.stderr, quiet=quiet or (as_json and not sys.stderr.isatty())
     ) as listener:
+        # A notebook stands for the verdict beside it.
         path = target if target.suffix == ".json" else notebook.default_outputs(target).verdict
         earlier_verdict = read_verdict(path) if target.suffix == ".json" or path.exists() else None
         if earlier_verdict is None or (
@@ -97,12 +98,14 @@ def read_verdict(path: Path) -> Verdict:
     data = read_regular(path, most=MOST_BYTES, error=UsageError)
     try:
         return verdict_json.loads(data)
+    # The file may come from anywhere; deeply nested brackets exhaust the parser's stack.
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not a verdict of safe-exec: {str(error)[:200]}") from None
 
 
 def _is_of(verdict: Verdict, path: Path) -> bool:
     """Return whether a verdict describes a failure of the notebook's current content."""
+    # Compared by content: the file may have been edited since, or only touched.
     return verdict.notebook.sha256 == notebook.read(path).sha256 and verdict.cause is not None
 
 
@@ -113,6 +116,7 @@ def prepare_again(verdict: Verdict, path: Path, seconds: float | None) -> Prepar
     prepared = prepare(
         Job(
             path=source,
+            # The limits of the failed run, even if the profile has changed since.
             limits=verdict.limits,
             isolation=verdict.isolation,
             inputs=inputs_of_run(verdict),
@@ -143,6 +147,7 @@ def find_notebook(verdict: Verdict, path: Path) -> Path:
         Path(verdict.cwd) / recorded_path.name,
         path.absolute().parent / recorded_path.name,
     ):
+        # A recorded path may lie in a folder that this user must not enter.
         with contextlib.suppress(OSError):
             if candidate.is_file():
                 return candidate

@@ -39,6 +39,7 @@ EVERY_LIMIT = Limits(
     shm=2**30,
 )
 
+# Every wall is requested, likewise.
 EVERY_WALL = Isolation(
     hide_home=True,
     read_only_system=True,
@@ -110,6 +111,7 @@ def command(profile: str | None, mechanisms: str | None, as_json: bool) -> int:
 
 def diagnose(profile: str | None = None, mechanisms: str | None = None) -> Diagnosis:
     """Diagnose this machine. Raises UsageError for unknown mechanisms and for a wrong profile."""
+    # The version costs another process, and only this command shows it.
     machine = probe_isolation(detect(_allowed(mechanisms)), version=True)
     host = collect()
     limits, isolation = _requested_limits(profile, machine)
@@ -139,6 +141,7 @@ def _requested_limits(profile: str | None, machine: HostCapabilities) -> tuple[L
 
 
 def _kernels() -> tuple[str, ...]:
+    # Imported late: the import takes longer than the help text.
     from jupyter_client.kernelspec import KernelSpecManager
 
     return tuple(sorted(KernelSpecManager().find_kernel_specs()))
@@ -220,6 +223,7 @@ def _rows(plan: SpawnPlan) -> list[tuple[str, ...]]:
             )
     ours = [name for name in RUNNER_LIMITS if name in plan.enforcement]
     runner = "by safe-exec itself, which waits and takes the output"
+    # The first row explains the whole group.
     for number, name in enumerate(ours):
         rows.append((tables.PLAIN, name.value, "runner", "", runner if number == 0 else ""))
     return rows
@@ -231,6 +235,7 @@ def facts(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
     if groups:
         yield "groups", groups
     yield "swap", swap_state(diagnosis.machine, diagnosis.plan)
+    # Root may write to the control groups that hold its own run.
     if diagnosis.machine.uid == 0 and diagnosis.machine.platform.startswith("linux"):
         yield (
             "root",
@@ -339,5 +344,6 @@ def _remedy_document(remedy: Remedy | WallRemedy) -> dict[str, Any]:
     return {
         "limits": remedy.limits,
         "why": remedy.reason,
+        # The keys are part of the published document and differ from the names in the code.
         "ways": [{"what": fix.title, "steps": fix.steps, "note": fix.note} for fix in remedy.fixes],
     }

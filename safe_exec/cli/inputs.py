@@ -1,4 +1,4 @@
-"""The options that change a notebook before it runs: parameters, environment, choice of cells."""
+"""The options that change a notebook before it runs: parameters, environment, cells."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from safe_exec.notebook.inputs import CellSelection, ExitMeaning, NotebookInputs
 if TYPE_CHECKING:
     from safe_exec.notebook.literals import Value
 
+# A larger .env file is a mistake.
 _MOST_BYTES = 1 << 20
 
 INPUT_OPTIONS = (
@@ -86,13 +87,14 @@ INPUT_OPTIONS = (
 
 def input_options(function: Any) -> Any:
     """Add the options to a command."""
+    # Decorators apply from the inside out, so the last option is added first.
     for option in reversed(INPUT_OPTIONS):
         function = option(function)
     return function
 
 
 def inputs_of(options: Mapping[str, Any], *, lenient: bool = False) -> NotebookInputs:
-    """The inputs that the options describe. ``-p`` wins over files. Raises UsageError."""
+    """Return the inputs that the options describe. Raises UsageError."""
     parameters = _parameters_of(options)
     selection = CellSelection(
         skip_tags=tuple(options["skip_tags"]),
@@ -108,9 +110,11 @@ def inputs_of(options: Mapping[str, Any], *, lenient: bool = False) -> NotebookI
 def _parameters_of(options: Mapping[str, Any]) -> dict[str, Value]:
     if not (options["parameter_files"] or options["parameters"] or options["raw_parameters"]):
         return {}
+    # Most runs set no parameters, and do not pay for importing PyYAML.
     from safe_exec.notebook.parameters import read_file, typed
 
     parameters: dict[str, Value] = {}
+    # Files come first, since options on the command line override them.
     for path in options["parameter_files"]:
         parameters |= read_file(path)
     parameters |= {name: typed(text) for name, text in options["parameters"]}
@@ -119,11 +123,13 @@ def _parameters_of(options: Mapping[str, Any]) -> dict[str, Value]:
 
 
 def variables_of(options: Mapping[str, Any]) -> dict[str, str]:
-    """The variables that the options set; ``--set-env`` wins over files. Raises UsageError."""
+    """Return the variables that the options set. Raises UsageError."""
     variables: dict[str, str] = {}
+    # ``--set-env`` overrides files.
     for path in options["env_files"]:
         variables |= read_env_file(path)
     for text in options["set_env"]:
+        # Only the first = separates; a value may contain more.
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
             raise UsageError(
@@ -131,34 +137,37 @@ def variables_of(options: Mapping[str, Any]) -> dict[str, str]:
                 f" to pass on a variable that is set here, use --env {one_line(text or 'NAME')}"
             )
         variables[name.strip()] = value
+    # execve(2) ends a variable at a NUL.
     if any("\0" in name + value for name, value in variables.items()):
         raise UsageError("--set-env: a variable of the environment holds no zero byte")
     return variables
 
 
 def read_env_file(path: Path) -> dict[str, str]:
-    """The variables of a .env file. ``${NAME}`` is replaced. Raises UsageError with file and line."""
+    """Read the variables of a .env file. Raises UsageError with file and line."""
     import dotenv
     from dotenv.parser import parse_stream
 
     text = read_regular(path, most=_MOST_BYTES, error=UsageError).decode(errors="replace")
     for binding in parse_stream(io.StringIO(text)):
-        # A line without "=" has a key alone, which python-dotenv passes over.
+        # python-dotenv silently skips invalid lines, and lines without "=".
         if binding.error or (binding.key is not None and binding.value is None):
             raise UsageError(
                 f"--env-file {one_line(path)}:{binding.original.line}: expected NAME=VALUE, found"
                 f" {one_line(binding.original.string.strip())[:60]!r}"
             )
+    # interpolate: replaces ${NAME}, as the shell and other readers of .env files do.
     values = dotenv.dotenv_values(stream=io.StringIO(text), interpolate=True)
     return {name: value for name, value in values.items() if value is not None}
 
 
 def walls_with(walls: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Any]:
-    """The changes of isolation, with which a kernel also sees the variables that it is given."""
+    """Return the changes to isolation, extended so that the kernel sees the variables."""
+    # Isolation would remove variables that are not on its list.
     names = (*walls.get("env", ()), *variables)
     return {**walls, "env": names} if names else dict(walls)
 
 
 def environment_with(variables: Mapping[str, str]) -> dict[str, str] | None:
-    """Our own environment with the variables; ``None`` if there are none, for ours as it is."""
+    """Return our environment with the variables; ``None`` for our environment unchanged."""
     return {**os.environ, **variables} if variables else None

@@ -1,4 +1,4 @@
-"""``safe-exec kernel``: the command in a kernelspec, for any client that starts kernels by their command."""
+"""``safe-exec kernel``: the command of a kernelspec, for any Jupyter client."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import click
 from safe_exec.cli.run import limit_options, wall_options, walls_of
 from safe_exec.model.limits import LimitName
 
-# A session has no end of its own: only its cells have limits of time and output.
+# A session ends with its client, so only its cells have limits of time and output.
 NOT_HERE = (LimitName.TIMEOUT, LimitName.OUTPUT)
 
-# A setting of traitlets, as clients add to the command of an ipykernel.
+# A setting of traitlets; some clients append them to the command of an ipykernel.
 _SETTING = re.compile(r"--[A-Za-z]\w*\.\w+=")
 
 
 @click.command(
     "kernel",
     short_help="Be a kernel: run one inside limits for a Jupyter client.",
+    # For such settings, whose names click cannot know.
     context_settings={"ignore_unknown_options": True},
 )
 @click.option(
@@ -88,6 +89,7 @@ def command(
             raise UsageError(
                 f"--{name.value}: a session has no such limit; use --cell-{name.value}"
             )
+    # A misspelt option of ours must be an error, and not reach the kernel.
     for argument in arguments:
         if not _SETTING.match(argument):
             raise UsageError(f"no such option: {argument}; `safe-exec kernel --help` lists them")

@@ -1,6 +1,7 @@
-"""``safe-exec kernelspec``: a kernel to choose in JupyterLab, VS Code, and in whatever else starts kernels, that runs inside limits.
+"""``safe-exec kernelspec``: install a kernel for Jupyter tools that always runs inside limits.
 
-Its command is `safe-exec kernel`; with --provisioner it is the kernel's own, and jupyter_client starts it through ours.
+Its command is `safe-exec kernel`. With --provisioner it keeps its own command, and jupyter_client
+starts it through safe-exec's provisioner.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 
 PROVISIONER = "safe-exec"
 
-# Under this name the metadata of a kernelspec say that safe-exec wrote it, and over which kernel.
+# The key of the metadata that marks a kernelspec of ours, with the name of the inner kernel.
 METADATA_KEY = "safe_exec"
 
-# The limits of a kernel that runs behind the provisioner alone, where nobody looks at cells.
+# The limits that work with the provisioner alone, which does not see cells.
 HELD = (
     LimitName.MEMORY,
     LimitName.CPUS,
@@ -39,9 +40,10 @@ HELD = (
     LimitName.FILE_SIZE,
 )
 OFFERED = tuple(name for name in LimitName if name not in NOT_HERE)
+# jupyter_client's rule for names, in the lower case in which it stores them.
 _NAME = re.compile(r"[a-z0-9._-]+")
 
-# What a display name says of the kernel rather than of the language.
+# The end of a display name that describes the kernel, not the language.
 _ADDED = re.compile(r"\s*\((?:ipykernel|safe-exec: [^()]*)\)$")
 
 
@@ -108,6 +110,7 @@ def install(
     # Imported late: jupyter_client takes longer than the whole help text.
     manager = KernelSpecManager()
     folder, document = _of_kernel(manager, kernel)
+    # People choose by this name, so it shows the profile and the limits that differ from it.
     changes = [Path(limits).stem, *(f"{key.replace('_', '-')} {figures[key]}" for key in figures)]
     document["display_name"] = (
         display_name
@@ -117,6 +120,7 @@ def install(
     if options["provisioner"]:
         metadata["kernel_provisioner"] = {"provisioner_name": PROVISIONER, "config": config}
     else:
+        # Our command is a plain process without CurveZMQ, whatever the original kernel needs.
         for key in ("kernel_provisioner", "supported_encryption"):
             metadata.pop(key, None)
         metadata[METADATA_KEY] = {"kernel": kernel}
@@ -125,6 +129,7 @@ def install(
         name or f"{kernel}-safe-exec-{re.sub('[^a-z0-9._-]+', '-', Path(limits).stem.lower())}"
     )
     place = _place(options["user"], options["sys_prefix"], options["prefix"])
+    # Checked before anything is written.
     _refuse_to_replace(place / chosen)
     try:
         _install(manager, folder, document, chosen, place)
@@ -154,18 +159,21 @@ def _refuse_beside_provisioner(
 
 
 def _command(kernel: str, config: Mapping[str, str], options: Mapping[str, Any]) -> list[str]:
-    """The command of the kernelspec. -P: the client starts it in the notebook's folder, whose modules are not ours."""
+    """Return the command of the kernelspec."""
+    # -P: the client starts it in the notebook's folder, whose modules must not replace ours.
     argv = [sys.executable, "-P", "-m", "safe_exec", "kernel", "-f", "{connection_file}"]
     # The client substitutes the connection file in every argument list.
     argv += ["--kernel", kernel]
     for key, figure in config.items():
         argv += [f"--{key.replace('_', '-')}", figure]
+    # The profile decides unless one of both options was given.
     if options["network"] is not None:
         argv.append("--network" if options["network"] else "--no-network")
     argv += ["--read-only"] if options["read_only"] else []
     for option in ("show", "writable", "hide", "env_names", "devices"):
         for item in options[option]:
             name = {"env_names": "env", "devices": "device"}.get(option, option)
+            # The client may start it in any directory.
             argv += [f"--{name}", item if name == "env" else str(Path(item).absolute())]
     for option in ("require", "on_death"):
         argv += [f"--{option.replace('_', '-')}", options[option]] if options[option] else []
@@ -174,20 +182,21 @@ def _command(kernel: str, config: Mapping[str, str], options: Mapping[str, Any])
 
 
 def _configured(limits: str, own: Mapping[str, str]) -> tuple[dict[str, str], Limits]:
-    """The provisioner's configuration, checked by reading it as the provisioner will, and what it comes to. Raises LimitsError."""
+    """Return the provisioner's configuration and the resulting limits. Raises LimitsError."""
     from safe_exec.limits import profiles
     from safe_exec.sandbox.host.capabilities import detect
 
     memory = detect().memory_total
     profile = profiles.load_profile(limits, machine_memory=memory)
     shipped = profile.path.parent == profiles.profile_dir()
-    # Who knows from which directory a server will look for a file.
+    # A server may read the file from any directory.
     config = {"limits": limits if shipped else str(profile.path.absolute()), **own}
+    # Read exactly as the provisioner will, so that errors appear now.
     return config, profiles.resolve_simple(config, None, machine_memory=memory)
 
 
 def _of_kernel(manager: KernelSpecManager, kernel: str) -> tuple[Path, dict[str, Any]]:
-    """The folder and the document of a kernelspec that is installed. Raises UsageError."""
+    """Return the folder and the document of an installed kernelspec. Raises UsageError."""
     from jupyter_client.kernelspec import NoSuchKernel
 
     try:
@@ -209,7 +218,7 @@ def _checked_name(name: str) -> str:
 
 
 def _place(user: bool, sys_prefix: bool, prefix: Path | None) -> Path:
-    """The directory of kernelspecs that is meant. Raises UsageError."""
+    """Return the directory for the kernelspec. Raises UsageError."""
     from jupyter_core.paths import jupyter_data_dir
 
     # Three switches for one place would contradict each other silently.
@@ -225,7 +234,7 @@ def _place(user: bool, sys_prefix: bool, prefix: Path | None) -> Path:
 
 
 def _refuse_to_replace(path: Path) -> None:
-    """Raises OutputPathError where somebody else's kernelspec stands."""
+    """Raise OutputPathError if a kernelspec of this name exists that is not ours."""
     try:
         document = json.loads((path / "kernel.json").read_bytes())
         metadata = document["metadata"]
@@ -249,6 +258,7 @@ def _install(
 ) -> None:
     import shutil
 
+    # jupyter_client installs whole folders. The copy keeps the logos of the original.
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / name
         if folder.is_dir():
@@ -256,6 +266,7 @@ def _install(
         else:
             copy.mkdir()
         (copy / "kernel.json").write_text(json.dumps(document, indent=1) + "\n")
+        # jupyter_client takes PREFIX, and appends share/jupyter/kernels.
         prefix = place.parent.parent.parent
         if place == prefix / "share" / "jupyter" / "kernels":
             manager.install_kernel_spec(str(copy), name, prefix=str(prefix))

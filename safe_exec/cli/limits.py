@@ -86,6 +86,7 @@ def _shown(resolved: Resolved, plan: SpawnPlan, about: str, style: Style) -> Ite
 def _row(name: str, resolved: Resolved, plan: SpawnPlan) -> tuple[str, ...]:
     value = getattr(resolved.limits, name)
     enforcement = plan.enforcement.get(LimitName(name)) if name in _LIMITS else None
+    # An unlimited resource has no mechanism.
     sign, by = (tables.mark(enforcement), enforcement.by.value) if enforcement else ("", "")
     return name, format_limit(name, value), sign, by, one_line(resolved.sources[name])
 
@@ -96,9 +97,9 @@ def _walls(
     """Yield the requested isolation, its enforcement here, and fixes."""
     walls = as_metadata(isolation)
     if isolation.hide_home or isolation.read_only_system:
-        walls.setdefault(
-            "repository", isolation.repository.value
-        )  # the walls close around it, so its use is worth a line
+        # These walls close everything around the repository, so its use is worth a line even if it
+        # is the default.
+        walls.setdefault("repository", isolation.repository.value)
     requested = [(key, _word(value)) for key, value in walls.items()]
     yield ""
     yield style.paint("bold", "isolation") + (
@@ -140,6 +141,7 @@ def list_profiles() -> int:
     """List the built-in profiles, for --limits and for "extends" in your own files."""
     style = Style.of(sys.stdout)
     # Profiles may contain percentages of the memory.
+    # Without detecting mechanisms, which a list does not need.
     memory, _ = memory_and_swap()
     profiles_by_name = [
         profiles.load_profile(name, machine_memory=memory) for name in profiles.shipped_profiles()
@@ -210,6 +212,7 @@ def _errors_of_figures(file: Path) -> Iterator[LimitsError]:
         limits = _limits_of(file)
     except LimitsError:
         return
+    # A safe-exec.yaml has a list of entries, a limits file a single mapping.
     mappings = (
         [item.data for item in limits if isinstance(item, Value)]
         if isinstance(limits, tuple)
@@ -219,6 +222,7 @@ def _errors_of_figures(file: Path) -> Iterator[LimitsError]:
     for mapping in mappings:
         for key, value in mapping.items() if isinstance(mapping, Mapping) else ():
             try:
+                # Each value alone, because the parser stops at its first error.
                 parse_layer({key: value} if key not in _NOT_LIMITS else {}, machine_memory=memory)
             except LimitsError as error:
                 yield error

@@ -17,6 +17,7 @@ from safe_exec._version import __version__
 from safe_exec.errors import SafeExecError
 from safe_exec.platforms import refuse_elsewhere
 
+# With their short help, so that --help imports no sub-command.
 COMMANDS = {
     "run": "Run a notebook inside limits, and explain why its kernel died.",
     "batch": "Run many notebooks, and report on all of them.",
@@ -33,6 +34,7 @@ COMMANDS = {
 
 # Commands that run no notebook. The others import modules that only Linux has.
 ANYWHERE = ("doctor", "limits")
+# 128 + SIGINT, as shells report it.
 CANCELLED = 130
 
 
@@ -67,7 +69,7 @@ def cli() -> None:
 
 def call(arguments: Sequence[str]) -> int:
     """Run the command line and return its exit code; every error is one line on stderr."""
-    # jupyter_client asks IPython for a folder of kernels in the home, even where a home cannot be written.
+    # jupyter_client asks IPython for a folder of kernels in the home, which may be read-only.
     warnings.filterwarnings("ignore", r"IPython (parent|dir) ", UserWarning)
     try:
         # standalone_mode=False: click would exit, and only __main__ may do that.

@@ -28,6 +28,7 @@ def command(path: Path, as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps([parameter._asdict() for parameter in parameters], indent=2))
         return 0
+    # Texts of the notebook are escaped below: they may contain control characters.
     style = Style.of(sys.stdout)
     if not parameters:
         lines = [

@@ -27,6 +27,7 @@ from safe_exec.workflows.prepare import Bisect, Job, PreparedJob, prepare
 from safe_exec.workflows.probe import ProbeReport, probe
 
 NOT_FOUND, CANCELLED = 1, 130
+# A finer precision would measure only the noise between runs.
 FINEST = 0.001
 LIMITS = [name.value.replace("_", "-") for name in SCALES]
 
@@ -85,6 +86,7 @@ def command(notebook: Path, limit: str, as_json: bool, quiet: bool, **options: A
     Exit codes: 0 found, 1 not found (another failure, or time ran out), 2 bad usage, 130 stopped.
     """
     name = LimitName(limit.replace("-", "_"))
+    # Removed from the options, because the command that reproduces a run has no such options.
     share, seconds = (
         parse_precision(options.pop("precision")),
         parse_budget(options.pop("budget"), "--budget"),
@@ -96,6 +98,7 @@ def command(notebook: Path, limit: str, as_json: bool, quiet: bool, **options: A
         report = asyncio.run(
             probe(prepared, name, precision=share, budget=seconds or 0.0, observer=lines)
         )
+    # Summaries of failures may quote secrets of the environment.
     mask = mask_for({**os.environ, **(prepared.job.env or {})})
     _show(mask.everywhere(report), prepared, options, as_json=as_json, quiet=quiet)
     return exit_code(report)
@@ -123,6 +126,7 @@ def parse_precision(text: str) -> float:
 
 def _job(path: Path, options: Mapping[str, Any]) -> Job:
     mechanisms = options["mechanisms"]
+    # An unset variable in a script (--limits "$LIMITS") must not mean the default profile.
     if options["limits"] == "":
         raise UsageError("--limits: expected the name of a profile or a file, found nothing")
     return Job(
@@ -140,6 +144,7 @@ def _job(path: Path, options: Mapping[str, Any]) -> Job:
         mechanisms=None
         if mechanisms is None
         else tuple(part.strip() for part in mechanisms.split(",")),
+        # Every run of the probe would start its own search.
         bisect=Bisect.NEVER,
         writes=False,
     )
@@ -151,6 +156,7 @@ NAMES = {"env_names": "env", "devices": "device"}
 
 def reproduce_command(path: Path, options: Mapping[str, Any], probed: LimitName, value: str) -> str:
     """Return the ``run`` command that repeats the run with this value."""
+    # A name with a leading dash would be an option.
     name = f"./{path}" if str(path).startswith("-") else str(path)
     arguments = ["safe-exec", "run", name, f"--{probed.value.replace('_', '-')}", value]
     for key, option_value in options.items():

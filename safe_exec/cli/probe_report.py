@@ -29,7 +29,8 @@ def quantity(scale: Scale, value: float) -> str:
     if math.isinf(value):
         return "no limit"
     text = common.quantity(scale.name, value)
-    return text if scale.unit != "seconds" or value >= 10 else f"{round(value, 3):g} s"  # noqa: PLR2004 - 1.2 s is too coarse
+    # One decimal place would be too coarse for 1.2 s.
+    return text if scale.unit != "seconds" or value >= 10 else f"{round(value, 3):g} s"  # noqa: PLR2004
 
 
 # --- during the runs ----------------------------------------------------------------------------
@@ -83,16 +84,19 @@ class RunLines:
             self._stream.write(text)
             self._stream.flush()
         except (OSError, ValueError):
+            # The reader of the stream has exited; the probe goes on for its result.
             self._silent = True
 
 
 def what_became(run: ProbeRun) -> str:
     """Return ``passed``, or the failure and its location."""
+    # A run that was cut proves nothing about the limit.
     if run.cut:
         return "not finished: the budget is over"
     if run.passed or run.cause is None:
         return "passed"
     kind = common.kind_words(run.cause)
+    # Near its limit a program may only crawl, which counts as a failure.
     if run.slow:
         kind = "gave up: more than ten times as long as the run that passed"
     crash = run.crash_cell
@@ -129,6 +133,7 @@ def report(probe: ProbeReport, path: str, command: str | None, style: Style) -> 
 def _sides(probe: ProbeReport, style: Style) -> Iterator[str]:
     scale, passing, failing = probe.scale, probe.passing(), probe.failing()
     values = [quantity(scale, run.value) for run in (passing, failing) if run is not None]
+    # Aligned, so that the two values are easy to compare.
     width = max(map(common.display_width, values), default=0)
     if passing is not None:
         peak = (
@@ -143,6 +148,7 @@ def _sides(probe: ProbeReport, style: Style) -> Iterator[str]:
             f"{quantity(scale, failing.value).ljust(width)}   {what_became(failing)}",
             style,
         )
+        # The label already names the probed limit; only another cause needs its summary.
         if failing.cause is not None and not _of_its_own(probe, failing):
             yield from tables.labelled("", failing.cause.summary, style)
 
@@ -209,6 +215,7 @@ def weak_hold(enforcement: Enforcement | None) -> str:
 
 
 def _over(scale: Scale) -> str:
+    # Counts are exact.
     if not scale.margin:
         return "(what it needs)"
     return f"({scale.margin * 100:.0f} % above what it needs)"
@@ -217,6 +224,7 @@ def _over(scale: Scale) -> str:
 def advised(probe: ProbeReport) -> str | None:
     """Return the recommended value, in the syntax of the option."""
     passes = probe.bracket.passes
+    # Without both sides the value may be far above the need.
     if passes is None or math.isinf(passes) or not probe.bracket.found:
         return None
     return probe.scale.written(probe.scale.advised(passes))
@@ -246,7 +254,8 @@ def _why_not(probe: ProbeReport) -> str:
 
 
 def as_document(probe: ProbeReport, path: str, command: str | None) -> dict[str, Any]:
-    """The answer as JSON values: bytes, seconds, counts; a value of ``null`` is no limit, ``passes`` and ``fails`` of ``null`` not known."""
+    """Return the result as JSON values: bytes, seconds, counts."""
+    # As the value of a run, null means no limit; ``passes`` and ``fails`` are null if unknown.
     bracket, passing, failing = probe.bracket, probe.passing(), probe.failing()
     return {
         "schema": SCHEMA,

@@ -33,6 +33,7 @@ DIFFERS, CANCELLED = 1, 130
 
 # The differences in environment that are printed; ``--json`` has all of them.
 MOST_ROWS = 12
+# Outcomes that are no failure of the notebook.
 _NOTHING_TO_REPLAY = {
     Status.PASSED: "the run passed",
     Status.CANCELLED: "the run was stopped",
@@ -99,9 +100,11 @@ def exit_code(result: ReplayResult) -> int:
 
 def source_of(original: Verdict, path: Path) -> tuple[Path, bool]:
     """Return the notebook to run, and whether it is the reproduction. Raises UsageError."""
+    # The reproduction runs only the necessary cells, so it is faster and clearer.
     written = original.culprits.repro_notebook if original.culprits is not None else None
     if written is not None:
         recorded_path = Path(written)
+        # It may have moved together with its verdict, for example as a CI artifact.
         for candidate in (recorded_path, path.absolute().parent / recorded_path.name):
             if candidate.is_file():
                 return candidate, True
@@ -124,6 +127,7 @@ def report(result: ReplayResult, style: Style) -> Iterator[str]:
         else f"not the same: {here_words(result)}"
     )
     yield f"{sign} {style.paint('bold', common.clip(title, common.HEADLINE_WIDTH))}"
+    # Differences of the environment explain another outcome; for the same one they are noise.
     differences = () if agreement.same else agreement.environment
     if agreement.failure or differences:
         yield from _rows((*agreement.failure, *differences[:MOST_ROWS]), style)
@@ -145,6 +149,7 @@ def same_words(result: ReplayResult) -> str:
     ):
         parts.append(f"line {original.crash_cell.line}")
     a, b = original.usage.memory_peak, rerun.usage.memory_peak
+    # Peaks of different sets of cells are not comparable.
     if a and b and compares_peaks(original, whole_notebook=result.replay.cells is None):
         parts.append(f"peak {format_size(b)} ({format_size(a)} then)")
     return ", ".join(parts)

@@ -33,14 +33,15 @@ if TYPE_CHECKING:
 
 
 def limit_options(function: Any) -> Any:
-    """An option for each limit."""
+    """Add an option for each limit."""
     return options_of(spec.OPTIONS)(function)
 
 
 def options_of(rows: Sequence[spec.LimitSpec]) -> Callable[[Any], Any]:
-    """An option for each of these limits."""
+    """Return a decorator that adds an option for each of these limits."""
 
     def decorate(function: Any) -> Any:
+        # Decorators apply from the inside out, so the last option is added first.
         for row in reversed(rows):
             option = click.option(f"--{row.option}", row.name, metavar=row.metavar, help=row.help)
             function = option(function)
@@ -172,6 +173,7 @@ def command(
     unless the notebook contacted other hosts, because a search runs cells again. Ctrl-C during the
     search keeps the best result so far.
     """
+    # Ends a kernel that was started early if the input turns out to be invalid.
     with PrestartedKernel() as kernel:
         # All input is checked here. From the next line on every outcome is a verdict.
         prepared = prepare(replace(job_of(notebook, options), output=out), kernel)
@@ -230,6 +232,7 @@ def walls_of(options: Mapping[str, Any], prefix: str = "--") -> dict[str, Any]:
     exist or is /, and for a variable with a value.
     """
     walls: dict[str, Any] = {}
+    # None means neither --network nor --no-network: the profile decides.
     if options["network"] is not None:
         walls["network"] = options["network"]
     if options["read_only"]:

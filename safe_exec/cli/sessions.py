@@ -33,6 +33,7 @@ def command(session: str | None, out: Path | None) -> int:
     facts = recording.find(session)
     cells = recording.sources(facts.path)
     if out is None:
+        # The output is a script: the numbers of cells are comments.
         click.echo("\n\n".join(f"# [{n}]\n{cell}" for n, cell in enumerate(cells, 1)))
     else:
         recording.write_cells(out, cells, facts.kernel)

@@ -11,6 +11,7 @@ from safe_exec.reports.terminal import Style
 from safe_exec.reports.text.common import display_width, one_line
 from safe_exec.sandbox.advice.fix import Fix
 
+# ``Style.fit`` replaces these by ASCII on terminals that cannot show them.
 HARD, SOFT, NOTHING, PLAIN = "✓", "~", "✗", "·"
 _COLOURS = {HARD: "good", SOFT: "warn", NOTHING: "bad", PLAIN: "dim"}
 _GAP = "  "
@@ -20,6 +21,7 @@ def mark(enforcement: Enforcement) -> str:
     """Return the sign for the enforcement of a limit: hard, soft, none, or by the runner."""
     if enforcement.by is Mechanism.NONE:
         return NOTHING
+    # Neither strong nor weak: waiting and receiving output need no mechanism of the system.
     if enforcement.by is Mechanism.RUNNER:
         return PLAIN
     return HARD if enforcement.hard else SOFT
