@@ -119,9 +119,9 @@ class Inside:
         return rows
 
     def at(self, line):
-        """Record a line; code outside any cell leaves the cell marked as finished.
+        """Record the line that runs, unless in a forked child.
 
-        The lines of a forked child are not recorded.
+        Between cells the mark that the last cell has finished stays on the page.
         """
         if not self.child:
             self.page.note_line(line if self.in_cell else line | layout.FINISHED)

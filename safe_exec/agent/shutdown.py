@@ -1,4 +1,4 @@
-"""Lets a kernel that is done end at once."""
+"""Makes a kernel exit at once after a shutdown request."""
 
 import _thread
 import asyncio
@@ -13,11 +13,11 @@ CHILDREN_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def is_alive(child):
-    """Tell whether a child still runs. A zombie cannot be ended any further."""
+    """Tell whether a child still runs; a zombie does not."""
     try:
         return child.status() != "zombie"
     except Exception:
-        # Psutil's own: it is gone.
+        # psutil.NoSuchProcess, by a name that needs no import: the child is gone.
         return False
 
 

@@ -52,9 +52,9 @@ class SignalStacks:
         self.addresses = set()
 
     def give(self):
-        """Give the calling thread a stack unless it has one.
+        """Give the calling thread an alternate signal stack unless it has one.
 
-        Greenlets share threads, libraries bring theirs.
+        It has one if a library set it, or if another greenlet of the same thread was here before.
         """
         address = self.spare.pop() if self.spare else self.make()
         if address is None:

@@ -179,7 +179,7 @@ class _Scheduler:
                         [*self.running, *self.ready], return_when=asyncio.FIRST_COMPLETED
                     )
                     for future in finished_futures:
-                        self._take(future)
+                        self._record_result(future)
             except BaseException:
                 # The pool waits for its threads on exit, so each has to end: none may stay behind
                 # with a kernel.
@@ -210,7 +210,7 @@ class _Scheduler:
         for queued in self.ready.values():
             queued.gate.refuse()
 
-    def _take(self, future: asyncio.Future[JournalRecord | None]) -> None:
+    def _record_result(self, future: asyncio.Future[JournalRecord | None]) -> None:
         """Record the result of a notebook that ended, or that was refused at its gate."""
         queued = self.running.pop(future, None) or self.ready.pop(future)
         record = future.result()
@@ -237,7 +237,7 @@ class _Scheduler:
             full = len(self.running) >= self.plan.capacity.jobs or len(self.waiting) >= LOOK_AHEAD
             if full or not self.todo or self.stopped:
                 return None
-            await self._look_at(self.todo.pop(0))
+            await self._read_notebook(self.todo.pop(0))
 
     async def _next_prestart(self) -> _QueuedNotebook | None:
         """Return the first waiting notebook if its kernel may start ahead of its turn."""
@@ -246,10 +246,10 @@ class _Scheduler:
         ):
             return None
         while not self.waiting and self.todo and not self.stopped:
-            await self._look_at(self.todo.pop(0))
+            await self._read_notebook(self.todo.pop(0))
         return self.waiting.pop(0) if self.waiting and self.waiting[0].prestarts else None
 
-    async def _look_at(self, notebook: SelectedNotebook) -> None:
+    async def _read_notebook(self, notebook: SelectedNotebook) -> None:
         """Read a notebook: queue it, or record that it is finished, unchanged or unusable."""
         task = NotebookTask(notebook=notebook, job=job_of(self.plan, notebook, self.tree))
         try:

@@ -81,13 +81,13 @@ def select(
     """
     selection = _FileSet(cwd=cwd)
     for argument in arguments:
-        _take(argument, selection, out)
+        _add_argument(argument, selection, out)
     for line in listed:
         if (
             line.endswith(SUFFIX) or (cwd / line).is_dir()
             # `git diff --name-only` also lists files that are no notebooks.
         ):
-            _take(line, selection, out)
+            _add_argument(line, selection, out)
     if arguments and not selection.files:
         hint = (
             f" but {len(selection.ours)} that safe-exec wrote (`safe-exec run` runs one of them)"
@@ -188,26 +188,26 @@ def _root(paths: Iterable[Path], cwd: Path) -> Path:
 # --- arguments ------------------------------------------------------------------------------
 
 
-def _take(argument: str, selection: _FileSet, out: Path) -> None:
+def _add_argument(argument: str, selection: _FileSet, out: Path) -> None:
     path = Path(argument)
     if (selection.cwd / path).is_dir():
-        _take_walked(_walk(selection.cwd, path, out), selection)
+        _add_unless_ignored(_walk(selection.cwd, path, out), selection)
     elif os.path.lexists(selection.cwd / path):
         selection.add(path)
     elif glob.has_magic(argument):
-        _take_pattern(argument, selection, out)
+        _add_pattern(argument, selection, out)
     else:
         raise UsageError(f"{one_line(argument)}: no such file or directory")
 
 
-def _take_pattern(pattern: str, selection: _FileSet, out: Path) -> None:
+def _add_pattern(pattern: str, selection: _FileSet, out: Path) -> None:
     hits = [Path(hit) for hit in sorted(glob.glob(pattern, root_dir=selection.cwd, recursive=True))]
     if not hits:
         raise UsageError(f"{one_line(pattern)}: matches nothing")
     files = [hit for hit in hits if hit.suffix == SUFFIX and (selection.cwd / hit).is_file()]
     for folder in (hit for hit in hits if "**" not in pattern and (selection.cwd / hit).is_dir()):
         files += _walk(selection.cwd, folder, out)
-    _take_walked([file for file in files if _is_meant(file, selection.cwd, out)], selection)
+    _add_unless_ignored([file for file in files if _is_meant(file, selection.cwd, out)], selection)
 
 
 def _is_meant(file: Path, cwd: Path, out: Path) -> bool:
@@ -219,7 +219,7 @@ def _is_meant(file: Path, cwd: Path, out: Path) -> bool:
     return all(_is_walked(str(cwd / folder), folder.name, inside) for folder in folders)
 
 
-def _take_walked(files: Iterable[Path], selection: _FileSet) -> None:
+def _add_unless_ignored(files: Iterable[Path], selection: _FileSet) -> None:
     every = list(files)
     # Only walks ask git: a file that the user names runs even if git ignores it.
     ignored = ignored_by_git([selection.cwd / file for file in every], selection.notes)
@@ -278,7 +278,7 @@ def ignored_by_git(files: Sequence[Path], notes: list[str]) -> set[Path]:
         return set()
     ignored: set[Path] = set()
     for repository, inside in by_repository.items():
-        ignored |= _ask_git(git, repository, inside, notes)
+        ignored |= _run_check_ignore(git, repository, inside, notes)
     return ignored
 
 
@@ -287,7 +287,9 @@ def _repository_of(folder: Path) -> Path | None:
     return next((parent for parent in (real, *real.parents) if (parent / ".git").exists()), None)
 
 
-def _ask_git(git: str, repository: Path, files: Sequence[Path], notes: list[str]) -> set[Path]:
+def _run_check_ignore(
+    git: str, repository: Path, files: Sequence[Path], notes: list[str]
+) -> set[Path]:
     real = {os.path.join(os.path.realpath(file.parent), file.name): file for file in files}
     argv = [git, *WITHOUT_PROGRAMS, "-C", str(repository), "check-ignore", "-z", "--stdin"]
     request = b"".join(os.fsencode(path) + b"\0" for path in real)

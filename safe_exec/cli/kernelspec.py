@@ -137,7 +137,7 @@ def install(
         raise OutputPathError(
             f"{place / chosen}: cannot be written: {error.strerror}; choose with --user or --prefix"
         ) from None
-    _tell(
+    _print_summary(
         document["display_name"],
         chosen,
         place / chosen,
@@ -274,7 +274,9 @@ def _install(
             manager.install_kernel_spec(str(copy), name, user=True)
 
 
-def _tell(display_name: str, name: str, path: Path, limits: Limits, *, all_of: bool) -> None:
+def _print_summary(
+    display_name: str, name: str, path: Path, limits: Limits, *, all_of: bool
+) -> None:
     from safe_exec.limits.profiles import format_limit
 
     figures = [

@@ -1,1 +1,1 @@
-"""The search for the cells that caused a failure."""
+"""Further runs of a notebook: culprit search, threshold of a limit, comparison of two runs."""

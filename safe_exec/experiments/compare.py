@@ -42,7 +42,6 @@ class Agreement(Struct, frozen=True, kw_only=True):
 
     failure: tuple[Difference, ...]
     environment: tuple[Difference, ...]
-    # The code_index, in the original notebook, of the cell that failed in the rerun.
     cell: int | None
 
     @property

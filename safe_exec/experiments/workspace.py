@@ -117,7 +117,7 @@ def take(
     the folder; they are not part of the notebook's input. ``repository`` is the root of the
     repository around the folder, if the notebook may write to it.
     """
-    snapshot = _take(folder, scratch, ours)
+    snapshot = _snapshot_folder(folder, scratch, ours)
     if repository is None or repository == snapshot.folder:
         return snapshot
     notes = note(repository, snapshot.folder, ours=ours | {scratch.resolve()})
@@ -125,7 +125,7 @@ def take(
     return replace(snapshot, repository=notes)
 
 
-def _take(folder: Path, scratch: Path, ours: frozenset[Path]) -> Snapshot:
+def _snapshot_folder(folder: Path, scratch: Path, ours: frozenset[Path]) -> Snapshot:
     folder, but, start_ns = folder.resolve(), ours | {scratch.resolve()}, now()
     entries: dict[str, Entry] = {}
     total = 0

@@ -333,7 +333,7 @@ class Inner(Trial):
         # Evidence needs the last reply alone; a session must not keep all of them.
         self.client.replies = {index: content}
         # exit() stops the kernel 0.1 s after its reply, when the next cell may already run.
-        self.client._look_for_exit(content, index)  # noqa: SLF001
+        self.client._detect_exit_request(content, index)  # noqa: SLF001
         return content
 
     # --- the end of a cell's time -----------------------------------------------------------------
@@ -343,7 +343,7 @@ class Inner(Trial):
         limits = self.limits
         self.state.limit_reached(LimitName.CELL_TIMEOUT, limits.cell_timeout)
         # Observe first: after the interrupt nothing shows any more where the cell hung.
-        await self._cells._look(index)  # noqa: SLF001
+        await self._cells._observe_activity(index)  # noqa: SLF001
         answered = await self._cells._interrupt(  # noqa: SLF001
             cell_task, index, limits.interrupt_grace
         )

@@ -166,14 +166,14 @@ class Bubblewrap:
         self.is_closed = not data and not pid
         rights = b"".join(packed for _, kind, packed in ancillary if kind == socket.SCM_RIGHTS)
         complete = rights[: len(rights) - len(rights) % _INT.size]
-        self._take_descriptors([fd for (fd,) in _INT.iter_unpack(complete)])
+        self._store_descriptors([fd for (fd,) in _INT.iter_unpack(complete)])
         with contextlib.suppress(ValueError):
             message = json.loads(data)
             if isinstance(message, dict):
                 return message, pid
         return {}, pid
 
-    def _take_descriptors(self, fds: list[int]) -> None:
+    def _store_descriptors(self, fds: list[int]) -> None:
         # The first ones are the init's: it sends them before anything else runs inside.
         if fds and self.sockets < 0 and not self.init_pid:
             self.sockets, *self.discarded = fds

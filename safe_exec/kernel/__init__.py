@@ -1,4 +1,7 @@
-"""A kernel in a sandbox, the client that talks to it, and the agent inside it."""
+"""A kernel in a sandbox, the client that talks to it, and the reader of the agent's facts.
+
+The agent itself, which runs inside the kernel's process, is the package ``agent``.
+"""
 
 from safe_exec.platforms import refuse_elsewhere
 

@@ -77,10 +77,10 @@ class AgentFacts:
                 return True
             if not data and not fds:
                 return False
-            self._take(data, fds)
+            self._handle_datagram(data, fds)
         return True
 
-    def _take(self, data: bytes, fds: list[int]) -> None:
+    def _handle_datagram(self, data: bytes, fds: list[int]) -> None:
         keep = False
         with contextlib.suppress(
             ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError

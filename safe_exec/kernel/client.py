@@ -186,10 +186,10 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
     ) -> None:
         if exec_reply is not None:
             self.replies[cell_index] = exec_reply["content"]
-            self._look_for_exit(exec_reply["content"], cell_index)
+            self._detect_exit_request(exec_reply["content"], cell_index)
         await super()._check_raise_for_error(cell, cell_index, exec_reply)
 
-    def _look_for_exit(self, content: dict[str, Any], cell_index: int) -> None:
+    def _detect_exit_request(self, content: dict[str, Any], cell_index: int) -> None:
         """Note a request to end the kernel."""
         # ``exit()`` in IPython replies "ok" with this payload, and the kernel's loop stops 0.1 s
         # later. ``exit(True)`` keeps the kernel.
@@ -280,7 +280,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
     def _clear(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
         result = super().process_message(msg, cell, cell_index)
         if not cell.outputs:
-            self._give_back()
+            self._release_stored()
         return result
 
     def _clear_now(self, cell: Any, cell_index: int) -> None:
@@ -288,9 +288,9 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         cell.outputs[:] = []
         self.clear_display_id_mapping(cell_index)
         self.clear_before_next_output = False
-        self._give_back()
+        self._release_stored()
 
-    def _give_back(self) -> None:
+    def _release_stored(self) -> None:
         self.total_stored -= self.accounts.stored
         self.accounts.stored = 0
         self.accounts.marked = False

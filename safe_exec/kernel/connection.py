@@ -200,7 +200,7 @@ async def connect(
     # Only the wait for a listener is repeated. A failed handshake is final.
     sock = await _connected(address)
     try:
-        first_bytes = await _shake_hands(sock, kind, identity)
+        first_bytes = await _handshake(sock, kind, identity)
     except OSError as error:
         sock.close()
         raise ConnectFailed(f"the kernel's socket does not speak ZMTP 3: {error}") from error
@@ -250,7 +250,7 @@ def _open(address: Address) -> socket.socket:
     return sock
 
 
-async def _shake_hands(sock: socket.socket, kind: str, identity: bytes) -> bytes:
+async def _handshake(sock: socket.socket, kind: str, identity: bytes) -> bytes:
     """Exchange greetings and READY commands; return the bytes that followed the other end's."""
     loop = asyncio.get_running_loop()
     await loop.sock_sendall(sock, zmtp.GREETING + zmtp.ready_command(kind, identity))

@@ -278,7 +278,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         ended = self.sandbox.exit
         if ended is None:
             return None
-        self._tell_ending()
+        self._log_ending()
         if ended.status is None:
             return -signal.SIGKILL
         return -ended.status.signal if ended.status.signal is not None else ended.status.exit_code
@@ -329,7 +329,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
                 cleanup.surviving_pids,
                 cleanup.remaining_paths,
             )
-        self._tell_ending()
+        self._log_ending()
         if self.channels is not None:
             self.channels.close()
         for stream in (self.stdout, self.stderr):
@@ -346,10 +346,10 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         # A death before the request may still be unread in the keeper's socket. Report that one.
         if self.sandbox is not None and self.sandbox.exit is None and self.on_limit is None:
             self.sandbox.process_messages()
-        self._tell_ending()
+        self._log_ending()
         self._is_end_reported = True
 
-    def _tell_ending(self) -> None:
+    def _log_ending(self) -> None:
         """Log, once, the end of a kernel that was not asked to end."""
         # The log is the only place where users of other tools see the cause.
         ended = self.sandbox.exit if self.sandbox else None

@@ -162,7 +162,7 @@ class KernelSession:
                 arguments=self.arguments,
             )
             # Building a sandbox blocks, and other runs share this event loop.
-            launched = await _aside(partial(launch, self.sandbox, request))
+            launched = await _run_in_thread(partial(launch, self.sandbox, request))
         km = Manager(kernel_name=kernel_name)
         km.connection_file = str(self.directory / "c.json")
         if launched is not None:
@@ -299,7 +299,7 @@ class KernelSession:
         kc.iopub_channel.overheard = self.late_text.take
         client.kc = kc
         while deadline is None or time.monotonic() < deadline:
-            info = await self._ask(kc)
+            info = await self._request_kernel_info(kc)
             if info is not None:
                 await self._control_stands(kc)
                 self.changes = ProcessChanges(self.pid) if self.pid is not None else None
@@ -368,7 +368,7 @@ class KernelSession:
         """Return the largest accepted message; a larger one could not be stored."""
         return None if self.limits.cell_output is None else self.limits.cell_output + MESSAGE_SLACK
 
-    async def _ask(self, kc: Any) -> dict[str, Any] | None:
+    async def _request_kernel_info(self, kc: Any) -> dict[str, Any] | None:
         """Send one kernel_info request; its reply if "idle" came over iopub too, else ``None``."""
         msg_id = kc.kernel_info()
         reply = await self._until(
@@ -618,7 +618,7 @@ class KernelSession:
         self.agent_facts.close()
 
 
-async def _aside(call: Callable[[], LaunchedKernel]) -> LaunchedKernel:
+async def _run_in_thread(call: Callable[[], LaunchedKernel]) -> LaunchedKernel:
     """Run a blocking launch on a thread."""
     # After a cancellation, wait for the thread to finish: the canceller then removes the sandbox
     # that the thread works on.

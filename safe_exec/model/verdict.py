@@ -130,7 +130,10 @@ class Fact(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Cause(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The conclusion. ``signal`` is negative (-9 for SIGKILL), as in subprocess."""
+    """Why a run failed, how sure that is, and what helps.
+
+    ``signal`` is negative (-9 for SIGKILL), as in subprocess.
+    """
 
     kind: CauseKind
     summary: Text

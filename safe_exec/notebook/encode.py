@@ -366,9 +366,9 @@ def _block(lines: _Block, between: str) -> str:
 
 
 def _split(parts: list[str]) -> Iterator[list[str] | _Whole]:
-    """Yield the lines of a text in parts, as ``splitlines(True)`` returns them, many at a time.
+    """Yield a text's lines, many at a time, exactly as ``splitlines(True)`` would split it.
 
-    A line that spans several parts is yielded alone.
+    The text comes in parts; a line that spans several of them is yielded alone.
     """
     partial_line: list[str] = []
     for part in _slices(parts):

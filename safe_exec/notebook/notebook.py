@@ -179,7 +179,7 @@ class Source(Struct, frozen=True, kw_only=True):
         )
         # The hash is of the bytes, so that anybody can check it with sha256sum.
         sha256 = hashlib.sha256(self.data).hexdigest()
-        _give_ids(node, sha256)
+        _assign_ids(node, sha256)
         # The node's metadata: converters move it when they upgrade.
         kernel, language = _kernel_of(node.metadata)
         return Notebook(
@@ -292,7 +292,7 @@ def _upgraded(document: Any, version: tuple[int, int], path: Path) -> NotebookNo
     return _current(node, path)
 
 
-def _give_ids(node: NotebookNode, seed: str) -> None:
+def _assign_ids(node: NotebookNode, seed: str) -> None:
     """Give cells the ids that nbformat's reader would, but never random ones."""
     # From nbformat 4.5 on ids are valid and unique; before, there are none.
     used_ids: set[str] = set()

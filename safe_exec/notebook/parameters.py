@@ -49,7 +49,7 @@ class Parameter(NamedTuple):
 
 
 class Injected(NamedTuple):
-    """A notebook with the values of a run, and warnings about them.
+    """A notebook with the parameters of a run set in it, and warnings about them.
 
     ``inserted_at`` is the index of the new cell, ``None`` if there is none or it replaced another.
     """

@@ -70,7 +70,7 @@ def annotate(
 
 
 def _copied(node: NotebookNode) -> NotebookNode:
-    """Copy a notebook or cell as deeply as it will be changed."""
+    """Copy a notebook or cell: the metadata and the list of outputs, but not the outputs."""
     # Not deepcopy: outputs may be large, or nested too deeply to recurse.
     copied = copy.copy(node)
     copied.metadata = copy.copy(node.metadata)

@@ -152,7 +152,7 @@ class CellLoop:
         name = LimitName.TIMEOUT if whole_notebook else LimitName.CELL_TIMEOUT
         self.state.limit_reached(name, self.state.now() if whole_notebook else allowed)
         # The interrupt would change the state that is to be observed.
-        await self._look(index)
+        await self._observe_activity(index)
         answered = await self._interrupt(execution, index, limits.interrupt_grace)
         if self.state.signals:
             return
@@ -174,7 +174,7 @@ class CellLoop:
             )
         )
 
-    async def _look(self, index: int) -> None:
+    async def _observe_activity(self, index: int) -> None:
         """Observe the kernel's activity before the interrupt changes it."""
         self.state.tasks_at_timeout = self.session.process_count()
         kills = self.session.meter.oom_kills() if self.session.meter else None
@@ -233,7 +233,7 @@ class CellLoop:
         """Record the result of a cell that has ended in one way or another."""
         client = self.session.client
         assert client is not None
-        await self._heed_limits(execution, index)
+        await self._enforce_limits(execution, index)
         # A reply that arrived before the death still counts.
         if self.session.died.is_set() or not execution.done():
             failure = (
@@ -248,14 +248,14 @@ class CellLoop:
         if failure is not None and error is None:
             raise failure
         if error is not None:
-            self._look_at_volumes()
+            self._measure_volumes()
         if error is not None and self._is_early_end(index, error):
             self._end_early(index)
         self._end(index, CellStatus.PASSED if error is None else CellStatus.FAILED)
         if error is not None and (failure is not None or not self._may_raise(index, error.ename)):
             raise Stop(CellFailed(cell=index, error=error))
 
-    async def _heed_limits(self, execution: asyncio.Task[Any], index: int) -> None:
+    async def _enforce_limits(self, execution: asyncio.Task[Any], index: int) -> None:
         """Stop if the cell exceeded a limit, even if it ended before the kill."""
         self.session.check_limits()
         self._last_reading = self._read()
@@ -327,7 +327,7 @@ class CellLoop:
         ``index`` is the running cell, ``None`` if it had already ended.
         """
         await self.session.wait_dead(5.0)
-        self._look_at_volumes()
+        self._measure_volumes()
         self.session.take_facts()
         if index is not None:
             self._recover(index)
@@ -368,7 +368,7 @@ class CellLoop:
         self.state.current = page_cell
         return page_cell
 
-    def _look_at_volumes(self) -> None:
+    def _measure_volumes(self) -> None:
         """Measure the free space before anything is removed."""
         if self.session.volumes is not None:
             self.session.volumes.measure()

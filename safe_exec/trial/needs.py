@@ -219,7 +219,7 @@ def needs_of_error(
 
 
 def needs_of_output(text: str, removed: Iterable[str], cell: int) -> list[Need]:
-    """Return the needs in output lines that report a refusal."""
+    """Return what output lines say was refused or missing; see :class:`Need`."""
     names = frozenset(removed)
     lines = _ANSI.sub("", text).splitlines()[-MOST_LINES:]
     needs = [

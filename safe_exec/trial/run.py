@@ -77,7 +77,7 @@ class Trial:
                 await self._starting
         self.session.close()
 
-    def _take_on(self, request: TrialRequest) -> None:
+    def _assign_request(self, request: TrialRequest) -> None:
         """Assign the actual request to a kernel that was started in advance."""
         self.state.take_on(request)
         client = self.session.client
@@ -106,7 +106,7 @@ class Trial:
         try:
             ending = await (self._starting or self._start())
             if request is not None:
-                self._take_on(request)
+                self._assign_request(request)
             if ending is None:
                 if self.state.request.before_cells is not None:
                     await self.state.request.before_cells()
@@ -139,7 +139,7 @@ class Trial:
         if self.state.current is not None:
             self.state.metrics.abandon(self.state.current)
         # The order matters: a dying kernel still delivers facts and output.
-        ending = await self._settle(ending)
+        ending = await self._end_kernel(ending)
         self.session.take_facts()
         self._warn_of_messages()
         # After a death, later cells cannot be slowed down any more.
@@ -208,7 +208,7 @@ class Trial:
                 f"{count} malformed message(s) from the kernel were dropped or repaired: {first}"
             )
 
-    async def _settle(self, ending: Ending) -> Ending:
+    async def _end_kernel(self, ending: Ending) -> Ending:
         """Shut down a live kernel or wait for a dying one; a cancellation takes precedence."""
         if isinstance(ending, Passed | CellFailed) and not self.state.signals:
             ending = await self._shut_down(ending)

@@ -81,7 +81,7 @@ class Sampler:
         limits = state.request.limits
         self._warn_near(LimitName.MEMORY, reading.memory, limits.memory)
         state.check_cpu_time(reading.cpu_seconds)
-        self._look_for_flood()
+        self._check_for_flood()
 
     def _warn_near(self, name: LimitName, used: float | None, allowed: float | None) -> None:
         state = self.state
@@ -91,7 +91,7 @@ class Sampler:
             self._near.add(name)
             state.sink(events.LimitNear(time=state.now(), limit=name, used=used, allowed=allowed))
 
-    def _look_for_flood(self) -> None:
+    def _check_for_flood(self) -> None:
         state = self.state
         client = state.session.client
         written = state.written()

@@ -73,9 +73,9 @@ class FolderSnapshot:
         """Start copying, on another thread."""
         if self._scratch is not None:
             # A thread: copying a large folder would delay the events of the starting kernel.
-            self._task = asyncio.create_task(asyncio.to_thread(self._take, self._scratch))
+            self._task = asyncio.create_task(asyncio.to_thread(self._take_snapshot, self._scratch))
 
-    def _take(self, scratch: Path) -> None:
+    def _take_snapshot(self, scratch: Path) -> None:
         from safe_exec.experiments.workspace import reopen, take
 
         try:

@@ -75,7 +75,7 @@ async def run_job(
     from safe_exec.workflows.bisect import FolderSnapshot
 
     # A batch handles signals once, for all its notebooks.
-    handle_signals = signals if cancellation is None else _leave_signals
+    handle_signals = signals if cancellation is None else _no_signal_handlers
     cancellation = cancellation or Cancellation()
     emit = _fan_out((*prepared.job.sinks, *sinks, _read_ahead()), _mask(prepared))
     with (
@@ -480,7 +480,7 @@ def _fan_out(sinks: tuple[EventSink, ...], mask: Mask) -> EventSink:
     return emit
 
 
-def _leave_signals(_arrive: Any) -> contextlib.AbstractContextManager[None]:
+def _no_signal_handlers(_arrive: Any) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 

@@ -137,7 +137,7 @@ def _installs(conflict: IsolationConflict) -> bool:
 
 
 def _is_certain(context: Context, conflict: IsolationConflict) -> bool:
-    """Tell whether both sides are known: the exact thing, and a wall without a way around it."""
+    """Tell whether the thing is named exactly and a hard wall took it away."""
     # The text may be a quotation of something else.
     if not conflict.exact:
         return False

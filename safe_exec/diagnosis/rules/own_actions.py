@@ -107,7 +107,10 @@ def with_own_actions(context: Context, cause: Cause) -> Cause:
 
 
 def place_of(context: Context, action: OwnAction) -> str:
-    """Return ``in stop() (code cell 6, line 3)``, with the calling cell if it is another."""
+    """Return the place of an action: ``in stop() (code cell 6, line 3)``.
+
+    If another cell called the function, that cell is added.
+    """
     # The innermost frame of the notebook is the line that a reader can change.
     frame = next((frame for frame in action.stack if frame.cell is not None), None)
     inner = frame or next(iter(action.stack), None)

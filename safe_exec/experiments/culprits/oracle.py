@@ -76,7 +76,7 @@ class Subject(Struct, frozen=True, kw_only=True):
 
 
 class AnsweredQuery(Struct, frozen=True, kw_only=True):
-    """One trial as it is cached: the reply, and a short description of the ending."""
+    """The reply to a query, a short description of the ending, and whether the cache had it."""
 
     reply: Reply
     happened: str

@@ -256,7 +256,7 @@ def _replace_specials(cell: Cell) -> None:
 
 
 def _unwrap(source: str) -> Cell:
-    """Remove cell magics; each leaves an empty line."""
+    """Strip the lines of cell magics, and record what each one defines and uses."""
     cell = Cell(text=textwrap.dedent(re.sub(r"\r\n?", "\n", source)))
     while match := _CELL_MAGIC.match(cell.text):
         lead, name, line = match.groups()

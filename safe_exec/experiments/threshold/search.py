@@ -206,7 +206,10 @@ class _Searcher:
     # --- close in ---------------------------------------------------------------------------------
 
     def close_in(self) -> _Part:
-        """Start at the peak or at a guess: take one step, then growing steps, then bisect."""
+        """Narrow the gap between the largest value that fails and the smallest that passes.
+
+        Starts at the peak or at a guess, steps away from it with growing steps, then bisects.
+        """
         start, step = self.start()
         if self.low < start < self.high and not (yield from self.ask(start)):
             yield from self.up(step)

@@ -126,7 +126,7 @@ class ProcessTree:
             if self._use is not None and read_at - self._read_at < self._fresh_seconds:
                 return self._use
             self._refresh()
-            self._look_at_open_files(read_at)
+            self._measure_memory_files(read_at)
             self._use = self._sum(read_at)
             self._read_at = time.monotonic()
             return self._use
@@ -197,7 +197,7 @@ class ProcessTree:
         alive = sum(member.cpu + member.cpu_waited for member in self._members.values())
         return max(alive, sum(self._cpu.values()))
 
-    def _look_at_open_files(self, read_at: float) -> None:
+    def _measure_memory_files(self, read_at: float) -> None:
         if read_at >= self._open_files_next:
             self._open_files = sum(hidden_usage(self._members).memory.values())
             end = time.monotonic()

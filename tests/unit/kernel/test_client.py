@@ -232,9 +232,9 @@ def test_a_display_too_large_to_be_sent_is_marked_once() -> None:
 )
 def test_who_asks_to_exit_is_noted(payload: Any, asked: int | None) -> None:
     bench = Bench()
-    bench.client._look_for_exit({"status": "ok", "payload": payload}, 1)
+    bench.client._detect_exit_request({"status": "ok", "payload": payload}, 1)
     assert bench.client.asked_to_exit == asked
-    bench.client._look_for_exit({"payload": [{"source": "ask_exit"}]}, 2)
+    bench.client._detect_exit_request({"payload": [{"source": "ask_exit"}]}, 2)
     assert bench.client.asked_to_exit == (1 if asked == 1 else 2), "the first that asks"
 
 
