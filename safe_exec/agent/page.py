@@ -31,7 +31,7 @@ class Page:
         self.head()
 
     def head(self, line=0):
-        """Write the current position in one packed store: a reader hardly ever sees a torn one."""
+        """Write the current position in one store: a reader hardly ever sees half of it."""
         (out_w, out_c), (err_w, err_c) = self.fd_bytes
         layout.HEADER.pack_into(
             self.memory,

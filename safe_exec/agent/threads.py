@@ -66,7 +66,7 @@ class SignalStacks:
             self.spare.append(address)
 
     def take(self):
-        """Take the stack back at the end of the thread, unless it is not ours."""
+        """Take our stack back for reuse when the thread ends; leave a library's own in place."""
         previous = StackT()
         self.change(self.nothing, previous)
         if previous.address in self.addresses:

@@ -170,7 +170,7 @@ def _hardlink_candidates(
 ) -> dict[str, Path]:
     """The files of an earlier copy that are still the same, by path within the folder."""
     # File times have the granularity of the system's clock tick. A file that changed just before it
-    # was copied may have changed again within the same tick, so such files are copied anew.
+    # was copied may have changed again within the same tick, so such files are copied again.
     if older_snapshot is None or older_snapshot.copy is None or not older_snapshot.entries:
         return {}
     settled = older_snapshot.taken_ns - TICK_NS
@@ -351,7 +351,7 @@ class WorkspaceFactory(Struct, frozen=True, kw_only=True):
 
 def _bound(source: Path, target: Path) -> dict[str, str] | None:
     """Create a mount point of the same kind as ``source`` and return its bind mount."""
-    # A symbolic link is created anew; the result is `None` then, and for a file that has vanished.
+    # A symbolic link is created again; the result is `None` then, and for a file that has vanished.
     try:
         status = source.lstat()
         if stat.S_ISLNK(status.st_mode):

@@ -263,7 +263,7 @@ def _mount_disk(base: Path, size: int, inodes: int) -> None:
 
 
 def _mount_overlay(folder: Path, base: Path, disk: LimitedDisk) -> bool:
-    """Lay the folder under a layer of limited size; false if the file system cannot do that."""
+    """Mount an overlay of limited size over the folder; false if the file system allows none."""
     _mount_disk(base, disk.size, disk.inodes)
     for name in ("upper", "work", "folder"):
         (base / name).mkdir()

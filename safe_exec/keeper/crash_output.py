@@ -172,7 +172,7 @@ class CrashOutput:
         return data
 
     def wait_for_stack(self, living_pid: int) -> None:
-        """Read a stack that was asked for, until the handler pauses."""
+        """Read the stack that a dump signal requested, until the handler stops writing."""
         deadline = time.monotonic() + STACK_WAIT_SECONDS
         while (
             self._fault is not None

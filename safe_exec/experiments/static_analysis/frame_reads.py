@@ -85,7 +85,7 @@ def _chain(node: ast.AST, line: int) -> Iterator[ast.AST]:
 
 
 def _in_head(node: ast.AST, line: int) -> bool:
-    """Tell whether the part before the body of a statement, handler or case extends to a line."""
+    """Tell whether a line is in the head of a compound statement: the part before its body."""
     heads = (
         part
         for child in ast.iter_child_nodes(node)

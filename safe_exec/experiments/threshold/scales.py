@@ -14,11 +14,12 @@ from safe_exec.model.verdict import Cause, CauseKind
 KIB, MIB = 1 << 10, 1 << 20
 # The kernel accounts memory in pages, so a finer limit makes no difference.
 PAGE = 4096
-# Values are rounded to a unit so many times finer than the precision, that they can be typed.
+# Values are rounded to a unit that is this many times finer than the precision, so that they are
+# short to type.
 FINE = 4.0
 
-# How programs may end for want of nearly anything: a library that does not look whether malloc gave
-# it something.
+# Endings that a lack of nearly any resource may cause, as in a library that does not check the
+# result of malloc.
 MAYBE = frozenset(
     {
         CauseKind.SEGFAULT,

@@ -36,9 +36,9 @@ class ProbeOutcome(StrEnum):
     PASSED = "passed"
     # By this limit.
     STRUCK = "struck"
-    # Failed in a way that may, or may not, be for want of it.
+    # Failed in a way that too small a value may or may not explain.
     OTHERWISE = "otherwise"
-    # Failed in a way that more of it does not change.
+    # Failed in a way that a larger value does not change.
     UNRELATED = "unrelated"
 
 
@@ -195,7 +195,7 @@ class _Searcher:
             others = others + 1 if result.outcome is ProbeOutcome.OTHERWISE else 0
             self.low = value
             at_most = value >= self.question.most
-            # What may be for want of it is given one chance with more.
+            # A failure that may come from too small a value gets one run with a larger one.
             if result.outcome is ProbeOutcome.UNRELATED or others > 1 or (others and at_most):
                 raise _Stop(StopReason.UNRELATED)
             if at_most:
