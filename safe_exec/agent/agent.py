@@ -15,7 +15,7 @@ from .sources import line_of
 
 
 class Inside:
-    """Everything that instruments one kernel."""
+    """The shared state of the agent in one kernel: channels, running cell, and known code."""
 
     def __init__(self, page_fd, facts_fd, fault_fd, config):
         for fd in (page_fd, facts_fd, fault_fd):

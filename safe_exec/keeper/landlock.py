@@ -172,7 +172,7 @@ def abi() -> int:
 
 
 def restrict(*, readable: Iterable[str], writable: Iterable[str], tcp: bool | None) -> None:
-    """Put up the walls for good; ``tcp=False`` refuses TCP, else it is left as it is.
+    """Restrict this process irrevocably; ``tcp=False`` refuses TCP, otherwise TCP stays as it is.
 
     Raises OSError that names what failed.
     """

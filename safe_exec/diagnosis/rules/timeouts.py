@@ -128,7 +128,7 @@ def _interpreter_free(observation: ActivityObservation) -> bool:
 
 
 def _computing(observation: ActivityObservation) -> Activity:
-    """Distinguish Python code from native code."""
+    """Describe what a busy kernel was executing: Python code or native code."""
     # Python code yields the interpreter on request. Native code either keeps it, so that the
     # sampler starves, or has released it, so that the sampler does not wait at all.
     if observation.awaiting:
