@@ -160,7 +160,7 @@ class Proxy:
         # The kernel's last output can still be in its sockets. It belongs before the diagnosis.
         await self._inner.drained()
         self._is_ready = False
-        await self._bury(self._inner)
+        await self._explain_end(self._inner)
 
     async def _unless_stopped(self, task: asyncio.Future[Any]) -> bool:
         """Wait for a task; false if a signal told us to stop first."""
@@ -395,13 +395,13 @@ class Proxy:
         finished = self._spawn(cell_done.wait())
         ending = await inner.over_time(waiting.cell, finished)
         if not ending.answered:
-            # The kernel ignored the interrupt and was killed; `_bury` explains its death.
+            # The kernel ignored the interrupt and was killed; `_explain_end` explains its death.
             return
         diagnosis = self._diagnose(inner, await inner.observe(ending))
         inner.forget_timeout()
-        self._tell(msg_id, waiting, diagnosis)
+        self._send_diagnosis(msg_id, waiting, diagnosis)
 
-    def _tell(self, msg_id: str, waiting: Waiting, diagnosis: Diagnosis) -> None:
+    def _send_diagnosis(self, msg_id: str, waiting: Waiting, diagnosis: Diagnosis) -> None:
         """Publish the diagnosis of an interrupted cell, then its held reply and ``idle``."""
         assert waiting.cell is not None and waiting.reply is not None and waiting.idle is not None
         error = self._publish_error(waiting, diagnosis)
@@ -425,7 +425,7 @@ class Proxy:
 
     # --- the end of a kernel ----------------------------------------------------------------------
 
-    async def _bury(self, inner: Inner) -> None:
+    async def _explain_end(self, inner: Inner) -> None:
         """Explain a kernel's end, answer its clients, then exit or restart."""
         if self._asked_to_end:
             inner.close()
@@ -434,7 +434,7 @@ class Proxy:
         msg_id = self._cells[0] if self._cells else None
         waiting = self._waiting.get(msg_id) if msg_id is not None else None
         diagnosis = await self._last_word(inner, waiting)
-        self._answer_the_rest(waiting)
+        self._answer_pending_requests(waiting)
         inner.close()
         status = diagnosis.verdict.status
         if self._on_death is OnDeath.EXIT:
@@ -472,7 +472,7 @@ class Proxy:
             self.front.announce("status", {"execution_state": "idle"}, waiting.header)
         return diagnosis
 
-    def _answer_the_rest(self, first: Waiting | None) -> None:
+    def _answer_pending_requests(self, first: Waiting | None) -> None:
         """Answer every other request that the dead kernel left open."""
         # Otherwise clients such as nbclient wait for a reply without end.
         for waiting in self._waiting.values():

@@ -108,7 +108,7 @@ class Listener:
     async def _greet(self, sock: socket.socket) -> None:
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
-                remainder, identity = await self._shake_hands(sock)
+                remainder, identity = await self._handshake(sock)
         except (OSError, TimeoutError):
             sock.close()
             return
@@ -127,7 +127,7 @@ class Listener:
         peer.connection.on_arrival = lambda: self._arrived(peer)
         peer.connection.start(remainder)
 
-    async def _shake_hands(self, sock: socket.socket) -> tuple[bytes, bytes]:
+    async def _handshake(self, sock: socket.socket) -> tuple[bytes, bytes]:
         """The bytes that followed the handshake, and the client's identity. Raises OSError."""
         await self._loop.sock_sendall(sock, GREETING + ready_command(self._kind))
         data = bytearray()
