@@ -17,6 +17,7 @@ DISK_FULL = ((S.CELL_ERROR, K.DISK_FULL),)
 TIME_OUT = ((S.TIMEOUT, K.CELL_TIMEOUT),)
 PASSED = ((S.PASSED, None),)
 MANY = ((S.CELL_ERROR, K.TOO_MANY_PROCESSES),)
+OUT_OF_SPACE = ((S.CELL_ERROR, K.MEMORY_ERROR), (S.KERNEL_DIED, K.ABORT))
 
 HOG = "hog = []\nwhile True:\n    hog.append(b'x' * (8 << 20))"
 LEAK = "kept = globals().get('kept', [])\nkept.append(bytearray(b'x') * (30 << 20))"
@@ -172,9 +173,9 @@ ATTACKS = (
     Attack(name="forks-of-shell", cells=SHELL_BOMB, ends=(*PASSED, *MANY, (S.CELL_ERROR, K.EXCEPTION), *TIME_OUT),
            options=("--cell-timeout", "8")),
     # The stacks of threads count towards RLIMIT_DATA. Where only that bounds the memory, as for users without control groups,
-    # Python may have none left to report the refused thread, and aborts ("Cannot recover from MemoryErrors").
+    # Python may have none left to report the refused thread: it raises a MemoryError, or aborts ("Cannot recover from MemoryErrors").
     Attack(name="threads", cells=("x = 1", THREADS), ends=MANY, cell=1, who="root"),
-    Attack(name="threads", cells=("x = 1", THREADS), ends=(*MANY, (S.KERNEL_DIED, K.ABORT)), cell=1, who="user"),
+    Attack(name="threads", cells=("x = 1", THREADS), ends=(*MANY, *OUT_OF_SPACE), cell=1, who="user"),
     Attack(name="descriptors", cells=("x = 1", FILES), ends=((S.CELL_ERROR, K.TOO_MANY_OPEN_FILES),), cell=1),
     Attack(name="pipes", cells=("x = 1", PIPES), ends=((S.CELL_ERROR, K.TOO_MANY_OPEN_FILES),), cell=1, who="user"),
     # Disk.

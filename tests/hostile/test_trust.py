@@ -175,7 +175,7 @@ say("clear_output", wait=[1]); say("status"); say("status", execution_state=[1])
 def test_wrong_mime_bundles_and_types_are_left_out(arena: Arena) -> None:
     found = fight(arena, BUNDLES + "die()", "print('never')")
     assert (found.status, found.cell) == (DIED, 1), found
-    assert "malformed message(s) from the kernel were left out or mended" in said(found)
+    assert "malformed message(s) from the kernel were dropped or repaired" in said(found)
     for output in outputs(found, 1):
         for kind, value in output.get("data", {}).items():
             assert isinstance(value, str) and kind != "image/png" and len(output.data) <= 100, (
