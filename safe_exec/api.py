@@ -18,6 +18,7 @@ from safe_exec.workflows.prepare import Bisect, Job, prepare
 from safe_exec.workflows.run import run_job
 
 if TYPE_CHECKING:
+    from safe_exec.notebook.comparison import ComparisonRules
     from safe_exec.notebook.literals import Value
 
 
@@ -41,6 +42,7 @@ def run(
     only_tags: Sequence[str] = (),
     until: str | int | None = None,
     exit_is: str = "success",
+    comparison: ComparisonRules | None = None,
     bisect: str = "auto",
     bisect_budget: float | None = None,
     on_event: EventSink | None = None,
@@ -88,6 +90,7 @@ def run(
             only_tags=only_tags,
             until=until,
             exit_is=exit_is,
+            comparison=comparison,
             bisect=bisect,
             bisect_budget=bisect_budget,
             on_event=on_event,
@@ -115,6 +118,7 @@ async def run_async(
     only_tags: Sequence[str] = (),
     until: str | int | None = None,
     exit_is: str = "success",
+    comparison: ComparisonRules | None = None,
     bisect: str = "auto",
     bisect_budget: float | None = None,
     on_event: EventSink | None = None,
@@ -145,6 +149,7 @@ async def run_async(
             ),
             exit_is=exit_meaning(exit_is),
         ),
+        comparison=comparison,
         bisect=_bisect(bisect),
         bisect_budget=bisect_budget,
         sinks=(on_event,) if on_event is not None else (),

@@ -51,6 +51,7 @@ def key_of_run(prepared: PreparedJob) -> str:
             "kernel": prepared.kernel_name,
             "allow_errors": job.allow_errors,
             "inputs": to_builtins(job.inputs),
+            "comparison": job.comparison.as_dict() if job.comparison is not None else None,
             "required": [str(name) for name in prepared.limits.required],
             "mechanisms": job.mechanisms,
             "cwd": None if job.cwd is None else str(job.cwd),

@@ -12,7 +12,7 @@ import click
 from safe_exec.cli.run import parse_budget
 from safe_exec.errors import UsageError
 from safe_exec.files import read_regular
-from safe_exec.model.verdict import Status, Verdict
+from safe_exec.model.verdict import CauseKind, Status, Verdict
 from safe_exec.notebook import notebook
 from safe_exec.reports import progress, terminal, verdict_json
 from safe_exec.workflows.prepare import (
@@ -68,6 +68,7 @@ def command(target: Path, budget: str, as_json: bool, quiet: bool) -> int:
                 earlier_verdict.status is Status.PASSED
                 or earlier_verdict.crash_cell is None
                 or earlier_verdict.cause is None
+                or earlier_verdict.cause.kind is CauseKind.OUTPUT_DIFFERS
             ):
                 raise UsageError(
                     f"{path}: nothing to search for: the run {_ended(earlier_verdict)}"
@@ -86,6 +87,8 @@ def command(target: Path, budget: str, as_json: bool, quiet: bool) -> int:
 
 
 def _ended(verdict: Verdict) -> str:
+    if verdict.differences:
+        return "ran all cells; their outputs differ (run it again with --compare)"
     return "passed" if verdict.status is Status.PASSED else "ended with no cell to blame"
 
 

@@ -15,6 +15,7 @@ from safe_exec.files import one_line, read_regular
 from safe_exec.notebook.inputs import CellSelection, ExitMeaning, NotebookInputs
 
 if TYPE_CHECKING:
+    from safe_exec.notebook.comparison import ComparisonRules
     from safe_exec.notebook.literals import Value
 
 # A larger .env file is a mistake.
@@ -77,6 +78,38 @@ INPUT_OPTIONS = (
         help="Stop after this cell: its number among the code cells, its id, or its tag.",
     ),
     click.option(
+        "--compare",
+        is_flag=True,
+        help="Fail if outputs differ from those stored in the notebook (nbval's marks count).",
+    ),
+    click.option(
+        "--compare-lax",
+        is_flag=True,
+        help="Compare only the outputs of cells marked NBVAL_CHECK_OUTPUT.",
+    ),
+    click.option(
+        "--sanitize-with",
+        "sanitizers",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Replace in outputs before they are compared (nbval's regex/replace files).",
+    ),
+    click.option(
+        "--compare-tolerance",
+        "tolerance",
+        type=click.FloatRange(min=0),
+        metavar="X",
+        help="Treat numbers as equal up to this relative or absolute difference.",
+    ),
+    click.option(
+        "--compare-images",
+        "image_distance",
+        type=click.IntRange(0, 64),
+        metavar="N",
+        help="Compare images by perceptual hashes that may differ in N of 64 bits.",
+    ),
+    click.option(
         "--exit-is",
         type=click.Choice([meaning.value for meaning in ExitMeaning]),
         default=ExitMeaning.SUCCESS.value,
@@ -104,6 +137,30 @@ def inputs_of(options: Mapping[str, Any], *, lenient: bool = False) -> NotebookI
     )
     return NotebookInputs(
         parameters=parameters, selection=selection, exit_is=ExitMeaning(options["exit_is"])
+    )
+
+
+def comparison_of(options: Mapping[str, Any], prefix: str = "--") -> ComparisonRules | None:
+    """The rules by which outputs are compared; ``None`` if they are not. Raises UsageError."""
+    details = {
+        "sanitize-with": options["sanitizers"],
+        "compare-tolerance": options["tolerance"] is not None,
+        "compare-images": options["image_distance"] is not None,
+    }
+    if not (options["compare"] or options["compare_lax"]):
+        for name, given_value in details.items():
+            if given_value:
+                raise UsageError(f"{prefix}{name}: nothing is compared; add {prefix}compare")
+        return None
+    from safe_exec.notebook.comparison import ComparisonRules, demand_pillow, read_sanitizers
+
+    if options["image_distance"] is not None:
+        demand_pillow()
+    return ComparisonRules(
+        lax=options["compare_lax"],
+        sanitizers=tuple(pair for path in options["sanitizers"] for pair in read_sanitizers(path)),
+        tolerance=options["tolerance"],
+        image_distance=options["image_distance"],
     )
 
 

@@ -62,6 +62,11 @@ def command(verdict: Path, as_json: bool, quiet: bool) -> int:
         raise UsageError(
             f"{verdict}: nothing to replay: {_NOTHING_TO_REPLAY.get(original.status, 'it names no cause')}"
         )
+    if original.differences:
+        raise UsageError(
+            f"{verdict}: nothing to replay: its outputs differ from the stored ones; compare them "
+            "with `safe-exec run --compare`"
+        )
     source, reproduction = source_of(original, verdict)
     request = prepare_replay(original, source, reproduction=reproduction, command=command_line())
     with progress.Progress(

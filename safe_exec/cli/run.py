@@ -13,6 +13,7 @@ import click
 from msgspec.structs import replace
 
 from safe_exec.cli.inputs import (
+    comparison_of,
     environment_with,
     input_options,
     inputs_of,
@@ -209,6 +210,7 @@ def job_of(notebook: Path, options: Mapping[str, Any], *, lenient: bool = False)
         limits=options["limits"],
         options=limits,
         inputs=inputs_of(options, lenient=lenient),
+        comparison=comparison_of(options),
         env=environment_with(variables),
         walls=walls_with(walls_of(options), variables),
         verdict=options["verdict"],

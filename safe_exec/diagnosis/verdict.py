@@ -25,6 +25,7 @@ from safe_exec.model.ending import (
     Ending,
     InternalError,
     LimitHit,
+    OutputsDiffer,
     Passed,
     StartFailed,
     TimedOut,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 STATUS_OF: Mapping[type[Any], Status] = {
     Passed: Status.PASSED,
     CellFailed: Status.CELL_ERROR,
+    OutputsDiffer: Status.CELL_ERROR,
     Died: Status.KERNEL_DIED,
     TimedOut: Status.TIMEOUT,
     LimitHit: Status.LIMIT_EXCEEDED,
@@ -139,6 +141,7 @@ def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict
         notebook=info,
         cause=cause,
         crash_cell=crash_cell(result.ending, result.location, result.node),
+        differences=result.ending.differences if isinstance(result.ending, OutputsDiffer) else (),
         cells=tuple(metrics.records.values()),
         limits=run.limits,
         isolation=run.isolation,

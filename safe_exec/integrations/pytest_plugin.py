@@ -27,7 +27,7 @@ ISOLATION = (
 # Options that change notebooks before they run; each is that of `safe-exec run`.
 INPUTS = (
     ("parameters", "FILE"), ("set-env", "NAME=VALUE"), ("env-file", "FILE"), ("skip-tag", "TAG"),
-    ("only-tag", "TAG"),
+    ("only-tag", "TAG"), ("sanitize-with", "FILE"),
 )  # fmt: skip
 
 SUFFIX = ".ipynb"
@@ -89,6 +89,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             metavar=metavar,
             help=f"As `safe-exec run --{name}`; may be repeated.",
         )
+    for name in ("compare", "compare-lax"):
+        group.addoption(
+            f"--safe-exec-{name}", action="store_true", help=f"As `safe-exec run --{name}`."
+        )
+    group.addoption(
+        "--safe-exec-compare-tolerance",
+        type=float,
+        metavar="X",
+        help="As `safe-exec run --compare-tolerance`.",
+    )
+    group.addoption(
+        "--safe-exec-compare-images",
+        type=int,
+        metavar="N",
+        help="As `safe-exec run --compare-images`.",
+    )
     group.addoption("--safe-exec-until", metavar="CELL", help="As `safe-exec run --until`.")
     group.addoption(
         "--safe-exec-exit-is",
@@ -147,6 +163,7 @@ class Settings:
     options: dict[str, str] = field(default_factory=dict)
     walls: dict[str, Any] = field(default_factory=dict)
     inputs: Any = None
+    comparison: Any = None
     variables: dict[str, str] = field(default_factory=dict)
     cwd: Path | None = None
     kernel: str | None = None
@@ -180,7 +197,7 @@ def _settings(config: pytest.Config) -> Settings:
 
     # Before the imports below, which fail on other systems.
     refuse_elsewhere()
-    from safe_exec.cli.inputs import inputs_of, variables_of, walls_with
+    from safe_exec.cli.inputs import comparison_of, inputs_of, variables_of, walls_with
     from safe_exec.cli.run import parse_budget, walls_of
 
     values = {row.name: config.getoption(f"safe_exec_limit_{row.name}") for row in OPTIONS}
@@ -199,6 +216,7 @@ def _settings(config: pytest.Config) -> Settings:
         walls=walls_with(walls_of(_isolation_options(config), prefix="--safe-exec-"), variables),
         # Lenient: in a folder of notebooks, some have no cell with a given tag.
         inputs=inputs_of(input_options, lenient=True),
+        comparison=comparison_of(input_options, "--safe-exec-"),
         variables=variables,
         cwd=_working_directory(config.getoption("safe_exec_cwd"), config.invocation_params.dir),
         kernel=config.getoption("safe_exec_kernel"),
@@ -223,7 +241,11 @@ def _input_options(config: pytest.Config) -> dict[str, Any]:
     base = config.invocation_params.dir
     files = {
         key: [base / path for path in config.getoption(f"safe_exec_{name}")]
-        for key, name in (("parameter_files", "parameters"), ("env_files", "env_file"))
+        for key, name in (
+            ("parameter_files", "parameters"),
+            ("env_files", "env_file"),
+            ("sanitizers", "sanitize_with"),
+        )
     }
     return {
         **files,
@@ -234,6 +256,10 @@ def _input_options(config: pytest.Config) -> dict[str, Any]:
         "only_tags": config.getoption("safe_exec_only_tag"),
         "until": config.getoption("safe_exec_until"),
         "exit_is": config.getoption("safe_exec_exit_is"),
+        "compare": config.getoption("safe_exec_compare"),
+        "compare_lax": config.getoption("safe_exec_compare_lax"),
+        "tolerance": config.getoption("safe_exec_compare_tolerance"),
+        "image_distance": config.getoption("safe_exec_compare_images"),
     }
 
 
@@ -384,6 +410,7 @@ class NotebookItem(pytest.Item):
                 walls=settings.walls,
                 cwd=settings.cwd,
                 inputs=settings.inputs,
+                comparison=settings.comparison,
                 output=Path(f"{stem}.out.ipynb"),
                 verdict=Path(f"{stem}.verdict.json"),
                 repro=Path(f"{stem}.repro.ipynb"),

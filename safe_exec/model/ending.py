@@ -91,6 +91,25 @@ class CellFailed(Struct, frozen=True, kw_only=True):
     error: CellError
 
 
+class OutputDifference(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A kind of output (a MIME type, a stream) in which a cell differs from the stored notebook."""
+
+    index: int
+    code_index: int
+    kind: str
+    summary: str
+    # As in a unified diff: `-` stored, `+` new.
+    lines: tuple[str, ...] = ()
+
+
+class OutputsDiffer(Struct, frozen=True, kw_only=True):
+    """Every cell ran, but outputs differ from those stored in the notebook."""
+
+    # The first cell that differs, an index over all cells.
+    cell: int
+    differences: tuple[OutputDifference, ...]
+
+
 class Died(Struct, frozen=True, kw_only=True):
     """The kernel ended, or asked to end, before safe-exec's shutdown request."""
 
@@ -147,4 +166,14 @@ class InternalError(Struct, frozen=True, kw_only=True):
     refused: bool = False
 
 
-Ending = Passed | CellFailed | Died | TimedOut | LimitHit | StartFailed | Cancelled | InternalError
+Ending = (
+    Passed
+    | CellFailed
+    | OutputsDiffer
+    | Died
+    | TimedOut
+    | LimitHit
+    | StartFailed
+    | Cancelled
+    | InternalError
+)

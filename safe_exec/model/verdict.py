@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct, field
 from msgspec.structs import force_setattr
 
+from safe_exec.model.ending import OutputDifference
 from safe_exec.model.evidence import Frame, IsolationFacts
 from safe_exec.model.limits import Amount, Count, Enforcement, Isolation, LimitName, Limits, Wall
 
@@ -87,6 +88,7 @@ class CauseKind(StrEnum):
     BAD_SYSTEM_CALL = "bad_system_call"
     KERNEL_START_FAILED = "kernel_start_failed"
     EXCEPTION = "exception"
+    OUTPUT_DIFFERS = "output_differs"
     UNKNOWN = "unknown"
 
 
@@ -330,6 +332,8 @@ class Verdict(
     cause: Cause | None
     crash_cell: CrashCell | None
     culprits: Culprits | None = None
+    # Only with --compare: the cells whose outputs differ from the stored ones.
+    differences: tuple[OutputDifference, ...] = ()
     cells: tuple[CellRecord, ...]
     limits: Limits
     enforcement: Mapping[LimitName, Enforcement]

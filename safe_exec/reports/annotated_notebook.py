@@ -41,6 +41,7 @@ _CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _CONTEXT_LINES = 4
 _SOURCE_WIDTH = 160
 _MOST_FRAMES = 3
+_MOST_DIFFERENCES = 5
 _RED, _BOLD, _PLAIN = "\x1b[31m", "\x1b[1m", "\x1b[0m"
 
 
@@ -221,6 +222,10 @@ def _traceback(source: str, verdict: Verdict) -> Iterator[str]:
         yield from _block(
             "Stack, innermost first", [common.frame_line(frame, verdict) for frame in crash.stack]
         )
+    for difference in verdict.differences:
+        if crash is not None and difference.index == crash.index:
+            lines = [common.printable(line) for line in difference.lines]
+            yield from _block(common.one_line(difference.summary), lines)
     yield from _block("Evidence", common.evidence_lines(verdict))
     if verdict.cause is not None and verdict.cause.advice:
         yield f"{_BOLD}Next:{_PLAIN} {common.one_line(verdict.cause.advice)}"
@@ -282,6 +287,10 @@ def _paragraphs(verdict: Verdict) -> Iterator[str]:
         yield from _location(verdict.crash_cell, verdict)
     if verdict.culprits is not None:
         yield from _culprit_paragraphs(verdict.culprits, verdict)
+    for title, lines in common.difference_blocks(verdict, _MOST_DIFFERENCES):
+        yield f"**Differs:** {inert(title)}" + (
+            f"\n\n{fenced(chr(10).join(lines))}" if lines else ""
+        )
     facts = common.evidence_lines(verdict)
     if facts:
         yield "**Evidence:**\n\n" + "\n".join(f"- {_fact(line)}" for line in facts)

@@ -24,6 +24,8 @@ _NOTE_COLUMN = 50
 _MOST_FACTS = 4
 _MOST_FRAMES = 3
 _STDERR_LINES = 5
+_MOST_DIFFERENCES = 3
+_DIFFERENCE_LINES = 12
 _GLYPHS = "✗✓│·…█░"
 _ASCII = str.maketrans({"✗": "x", "✓": "ok", "│": "|", "·": "-", "…": "...", "█": "#", "░": "."})
 _COLOURS = {
@@ -64,7 +66,8 @@ class Style(Struct, frozen=True, kw_only=True):
 
     def paint(self, colour: str, text: str) -> str:
         """Return ``text`` in a colour, if the stream has colours."""
-        return f"{_COLOURS[colour]}{text}{_RESET}" if self.colour and text else text
+        is_painted = self.colour and text and colour
+        return f"{_COLOURS[colour]}{text}{_RESET}" if is_painted else text
 
     def fit(self, line: str) -> str:
         """Replace what the encoding lacks: known signs by ASCII, other characters by escapes."""
@@ -109,6 +112,7 @@ def diagnosis(verdict: Verdict, style: Style) -> Iterator[str]:
     yield f"{sign} {style.paint('bold', common.headline(verdict))}"
     yield from _crash_line(verdict, style)
     yield from _culprits(verdict, style)
+    yield from _differences(verdict, style)
     if verdict.cause is not None and not common.headline_has_summary(verdict):
         yield from _entry("why", [verdict.cause.summary], style)
     yield from _entry("evidence", common.evidence_lines(verdict, _MOST_FACTS), style)
@@ -126,10 +130,22 @@ def diagnosis(verdict: Verdict, style: Style) -> Iterator[str]:
     )
 
 
+def _differences(verdict: Verdict, style: Style) -> Iterator[str]:
+    colours = {"-": "bad", "+": "good", "@": "dim"}
+    for title, lines in common.difference_blocks(verdict, _MOST_DIFFERENCES):
+        yield from _entry("differs", [title], style)
+        for line in lines[:_DIFFERENCE_LINES]:
+            text = common.clip(line, style.width - _INDENT)
+            yield " " * _INDENT + style.paint(colours.get(line[:1], ""), text)
+        if len(lines) > _DIFFERENCE_LINES:
+            yield " " * _INDENT + style.paint("dim", f"... {len(lines) - _DIFFERENCE_LINES} more")
+
+
 def _crash_line(verdict: Verdict, style: Style) -> Iterator[str]:
     # The crash line first, then the functions in other cells that it had called.
     crash = verdict.crash_cell
-    if crash is not None:
+    # A difference of outputs has no line.
+    if crash is not None and not verdict.differences:
         yield from _source_row(crash.code_index, crash.source_line, common.moment(verdict), style)
     numbers = {record.index: record.code_index for record in verdict.cells}
     for frame in common.inner_frames(verdict, _MOST_FRAMES):

@@ -72,6 +72,8 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
     cells: frozenset[int] | None = None
     skipped: frozenset[int] = frozenset()
     exit_is_success: bool = True
+    # Cells that may raise, as if they had nbclient's tag for it.
+    may_raise: frozenset[int] = frozenset()
     env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     sink: events.EventSink = lambda _event: None
     started: float = field(default_factory=time.monotonic)

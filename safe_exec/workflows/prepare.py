@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from msgspec import Struct, field
 from msgspec.structs import replace
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from safe_exec.kernel.prestart import PrestartedKernel
     from safe_exec.model.events import EventSink
     from safe_exec.model.verdict import Verdict
+    from safe_exec.notebook.comparison import ComparisonRules
 
 DEFAULT_KERNEL = "python3"
 
@@ -68,6 +69,7 @@ class Job(Struct, frozen=True, kw_only=True):
     isolation: Isolation | None = None
     options: Mapping[str, object] = field(default_factory=dict)
     inputs: NotebookInputs = field(default_factory=NotebookInputs)
+    comparison: ComparisonRules | None = None
     output: Path | None = None
     verdict: Path | None = None
     repro: Path | None = None
@@ -146,7 +148,7 @@ class PreparedJob(Struct, frozen=True, kw_only=True):
     """A job that can run: all input was read and checked, and nothing has been written.
 
     ``node`` is the notebook without the annotations of earlier runs; the run fills in its outputs.
-    ``skipped`` are the indexes of code cells that do not run. ``language`` is the kernel's, in which
+    ``skipped`` are the indexes of code cells that do not run, ``may_raise`` those that may raise. ``language`` is the kernel's, in which
     parameters are set. ``started`` is a reading of the
     monotonic clock. ``kernel`` is a kernel that is starting.
     """
@@ -159,6 +161,7 @@ class PreparedJob(Struct, frozen=True, kw_only=True):
     paths: JobPaths
     run_id: str
     skipped: frozenset[int]
+    may_raise: frozenset[int]
     language: str | None
     started: float
     started_at: datetime
@@ -197,11 +200,13 @@ def prepare(
     language = _language(job, kernel_name, document)
     stripped = notebook.strip_annotations(document.node)
     applied = notebook_inputs.apply(stripped, job.inputs, language)
+    marked = _marked(job, applied.node)
     return PreparedJob(
         job=job,
         notebook=document,
         node=applied.node,
-        skipped=applied.skipped,
+        skipped=applied.skipped | marked.skipped,
+        may_raise=marked.may_raise,
         language=language,
         kernel_name=kernel_name,
         limits=limits.with_warnings(applied.warnings),
@@ -229,6 +234,21 @@ def _language(job: Job, kernel_name: str, document: notebook.Notebook) -> str | 
     except NoSuchKernel:
         return document.language
     return language or document.language
+
+
+class _MarkedCells(NamedTuple):
+    """Indexes of cells whose comments or tags ask a comparison of outputs to treat them apart."""
+
+    skipped: frozenset[int] = frozenset()
+    may_raise: frozenset[int] = frozenset()
+
+
+def _marked(job: Job, node: Any) -> _MarkedCells:
+    if job.comparison is None:
+        return _MarkedCells()
+    from safe_exec.notebook.comparison import cells_that_may_raise, cells_to_skip
+
+    return _MarkedCells(skipped=cells_to_skip(node), may_raise=cells_that_may_raise(node))
 
 
 def inputs_of_run(verdict: Verdict) -> NotebookInputs:

@@ -21,10 +21,10 @@ from safe_exec.errors import EnforcementError, SafeExecError
 from safe_exec.files import OutputDirectory, ReservedSpace, one_line
 from safe_exec.limits import profiles
 from safe_exec.model import events
-from safe_exec.model.ending import InternalError
+from safe_exec.model.ending import InternalError, OutputsDiffer, Passed
 from safe_exec.model.events import Event, EventSink
 from safe_exec.model.evidence import Evidence
-from safe_exec.model.verdict import Verdict
+from safe_exec.model.verdict import CellStatus, Verdict
 from safe_exec.notebook import notebook
 from safe_exec.notebook.inputs import ExitMeaning
 from safe_exec.reports.masking import Mask, mask_for
@@ -92,6 +92,7 @@ async def run_job(
             first = await _first_run(prepared, emit, cancellation, folder)
         finally:
             reserved.release()
+        first = _compared(prepared, first)
         verdict = _verdict_of(prepared, first, documents.mask)
         # The first verdict is on disk before the search starts, which may run long and may be
         # killed.
@@ -231,6 +232,22 @@ async def _warm_up() -> None:
     v4.new_output("stream", text="")
 
 
+def _compared(prepared: PreparedJob, first: FirstRun) -> FirstRun:
+    """Compare the outputs of a run that passed with the stored ones, if that was requested."""
+    rules, result = prepared.job.comparison, first.result
+    if rules is None or not isinstance(result.ending, Passed):
+        return first
+    from safe_exec.notebook.comparison import compare_notebooks
+
+    records = result.metrics.records.items()
+    indexes = [index for index, record in records if record.status is not CellStatus.SKIPPED]
+    found_differences = compare_notebooks(prepared.fresh_node(), result.node, indexes, rules)
+    if not found_differences:
+        return first
+    ending = OutputsDiffer(cell=found_differences[0].index, differences=found_differences)
+    return replace(first, result=replace(result, ending=ending))
+
+
 def request_for(
     prepared: PreparedJob, plan: SpawnPlan, node: Any, cancellation: Cancellation, emit: EventSink
 ) -> TrialRequest:
@@ -250,6 +267,7 @@ def request_for(
         )[0],
         largest_output=largest_output(prepared.limits.resolved, prepared.node.cells),
         skipped=prepared.skipped,
+        may_raise=prepared.may_raise,
         exit_is_success=prepared.job.inputs.exit_is is ExitMeaning.SUCCESS,
         allow_errors=_allow_errors(prepared),
         env=dict(prepared.job.env if prepared.job.env is not None else os.environ),

@@ -43,6 +43,7 @@ STATUSES_OF_KIND: dict[CauseKind, tuple[Status, ...]] = {
     CauseKind.STDIN: (Status.TIMEOUT, Status.CELL_ERROR),
     CauseKind.NETWORK_BLOCKED: (Status.CELL_ERROR,),
     CauseKind.ISOLATION: (Status.CELL_ERROR,),
+    CauseKind.OUTPUT_DIFFERS: (Status.CELL_ERROR,),
     CauseKind.DISK_FULL: (Status.CELL_ERROR, Status.LIMIT_EXCEEDED),
     CauseKind.TOO_MANY_PROCESSES: (Status.CELL_ERROR, Status.LIMIT_EXCEEDED),
     CauseKind.TOO_MANY_OPEN_FILES: (Status.CELL_ERROR,),

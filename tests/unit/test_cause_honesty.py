@@ -32,6 +32,7 @@ from safe_exec.model.ending import (
     Died,
     InternalError,
     LimitHit,
+    OutputsDiffer,
     StartFailed,
     TerminationReason,
     TimedOut,
@@ -93,6 +94,8 @@ def observed_by_the_runner(context: Context, cause: Cause) -> bool:
         return cause.kind in (CauseKind.CELL_TIMEOUT, CauseKind.NOTEBOOK_TIMEOUT)
     if isinstance(ending, CellFailed):
         return cause.kind is CauseKind.EXCEPTION
+    if isinstance(ending, OutputsDiffer):  # the messages that arrived are compared with a file
+        return cause.kind is CauseKind.OUTPUT_DIFFERS
     return isinstance(ending, Died) and ending.asked_to_exit and cause.kind is CauseKind.EXIT
 
 
@@ -247,6 +250,8 @@ HELPS: Mapping[str, Callable[[Context], bool]] = {
     "--show": lambda c: any(n.path is not None and not n.writes for n in c.evidence.conflicts),
     "--writable": lambda c: any(n.path is not None and n.writes for n in c.evidence.conflicts),
     "--device": lambda c: any((n.path or "").startswith("/dev/") for n in c.evidence.conflicts),
+    "--sanitize-with": lambda c: isinstance(c.ending, OutputsDiffer),
+    "--compare-tolerance": lambda c: isinstance(c.ending, OutputsDiffer),
     "--allow-errors": lambda c: isinstance(c.ending, CellFailed),
     "--kernel": lambda c: isinstance(c.ending, StartFailed),
     "--mechanisms": lambda c: by_rlimit(c, LimitName.MEMORY),

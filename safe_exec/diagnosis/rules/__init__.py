@@ -77,6 +77,7 @@ RULES: tuple[Rule, ...] = (
     memory.refused_to_program,
     exceptions.stdin,
     exceptions.exception,
+    exceptions.outputs_differ,
     exceptions.unknown,
 )
 

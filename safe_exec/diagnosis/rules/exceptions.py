@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from safe_exec.diagnosis.context import Context, alive, exit_facts, inside, make
-from safe_exec.model.ending import CellFailed
+from safe_exec.diagnosis.context import Context, alive, exit_facts, inside, make, outside
+from safe_exec.model.ending import CellFailed, OutputsDiffer
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
+
+# Cells and kinds of output that the evidence names; the verdict lists all of them.
+MOST_DIFFERENCES = 5
 
 
 def stdin(context: Context) -> Cause | None:
@@ -66,6 +69,36 @@ def _printed(context: Context) -> tuple[Fact, ...]:
         return ()
     lines = [line.strip() for line in context.evidence.last_words.splitlines() if line.strip()]
     return (inside("printed last", lines[-1][:300], "the cell's output"),) if lines else ()
+
+
+def outputs_differ(context: Context) -> Cause | None:
+    """Every cell ran, and outputs differ from those that are stored in the notebook."""
+    ending = context.ending
+    if not isinstance(ending, OutputsDiffer):
+        return None
+    cells = sorted({difference.index for difference in ending.differences})
+    first = ending.differences[0]
+    summary = (
+        f"the output of {context.human(ending.cell)} differs from the stored one: {first.summary}"
+    )
+    others = len(cells) - 1
+    if others:
+        summary += f"; so do {others} other cells" if others > 1 else "; so does another cell"
+    facts = tuple(
+        outside(
+            f"{context.human(difference.index)}, {difference.kind}",
+            " / ".join(line for line in difference.lines if line[:1] in "+-")[:300]
+            or difference.summary,
+            "new outputs against the notebook's file",
+        )
+        for difference in ending.differences[:MOST_DIFFERENCES]
+    )
+    advice = (
+        "If the new output is right, save the notebook with it. If it changes from run to run, mark "
+        "the cell NBVAL_IGNORE_OUTPUT, or allow for the change (--sanitize-with, "
+        "--compare-tolerance)."
+    )
+    return make(context, CauseKind.OUTPUT_DIFFERS, summary, Confidence.CERTAIN, facts, advice)
 
 
 def unknown(context: Context) -> Cause | None:

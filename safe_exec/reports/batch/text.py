@@ -18,6 +18,7 @@ from safe_exec.reports.verdict_json import from_document
 from safe_exec.units import format_seconds
 
 SOURCE_WIDTH = 160
+MOST_DIFFERENCES = 5
 SAME = "passed before, and nothing it depends on has changed"
 # Another program may have overwritten the verdict since it was written.
 UNREADABLE = "its verdict cannot be read any more"
@@ -137,6 +138,9 @@ def lines(report: NotebookReport, batch: BatchResult) -> Iterator[str]:
     if verdict.cause is not None:
         if not common.headline_has_summary(verdict):
             yield f"why: {common.one_line(verdict.cause.summary)}"
+        for title, difference in common.difference_blocks(verdict, MOST_DIFFERENCES):
+            yield f"differs: {title}"
+            yield from (f"  {line}" for line in difference)
         yield from (f"evidence: {line}" for line in common.evidence_lines(verdict))
         if verdict.cause.advice:
             yield f"next: {common.one_line(verdict.cause.advice)}"

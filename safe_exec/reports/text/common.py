@@ -10,7 +10,7 @@ import math
 import re
 import signal
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from safe_exec.limits.values import format_limit
 from safe_exec.model.ending import signal_name
@@ -335,6 +335,8 @@ _MOMENT = {
 
 def moment(verdict: Verdict) -> str:
     """Describe the crash line: ``line 3, running when the kernel was killed``."""
+    if verdict.cause is not None and verdict.cause.kind is CauseKind.OUTPUT_DIFFERS:
+        return "its output differs from the stored one"
     cell = verdict.crash_cell
     activity = _MOMENT.get(verdict.status, "")
     if (
@@ -395,6 +397,16 @@ def evidence_lines(verdict: Verdict, most: int | None = None) -> list[str]:
     """Describe the facts behind the cause, at most ``most`` of them."""
     facts: Sequence[Fact] = verdict.cause.evidence if verdict.cause is not None else ()
     return [fact_line(fact) for fact in facts[:most]]
+
+
+def difference_blocks(verdict: Verdict, most: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield a title and the lines of the difference for outputs that differ, at most ``most``."""
+    for difference in verdict.differences[:most]:
+        title = f"{cell_name(difference.code_index)}{SEPARATOR}{one_line(difference.summary)}"
+        yield title, tuple(printable(line) for line in difference.lines)
+    more = len(verdict.differences) - most
+    if more > 0:
+        yield f"{more} more, in the verdict (differences)", ()
 
 
 def weak_limits(verdict: Verdict) -> list[str]:

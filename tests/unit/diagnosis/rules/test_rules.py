@@ -26,6 +26,8 @@ from safe_exec.model.ending import (
     ExitStatus,
     InternalError,
     LimitHit,
+    OutputDifference,
+    OutputsDiffer,
     Passed,
     StartFailed,
     TerminationReason,
@@ -468,6 +470,23 @@ DEATHS = [
     dead("os._exit(1)", exit_code(1), K.EXIT),
     dead("os._exit(137)-is-no-sigkill", exit_code(137), K.EXIT, oom_kills=1, oom_kills_cell=1),
     dead("os._exit(139)-is-no-segfault", exit_code(139), K.EXIT, fault=SHALLOW),
+    Row(
+        id="differs",
+        ending=OutputsDiffer(
+            cell=2,
+            differences=(
+                OutputDifference(
+                    index=2,
+                    code_index=2,
+                    kind="stdout",
+                    summary="stdout differs",
+                    lines=("@@ -1 +1 @@", "-a", "+b"),
+                ),
+                OutputDifference(index=3, code_index=3, kind="text/plain", summary="is missing"),
+            ),
+        ),
+        kind=K.OUTPUT_DIFFERS,
+    ),
     Row(id="asked", ending=Died(cell=2, exit=None, asked_to_exit=True), kind=K.EXIT),
     Row(
         id="asked-then-left",
@@ -1521,6 +1540,22 @@ bools = st.none() | st.booleans()
 endings: st.SearchStrategy[Ending] = st.one_of(
     st.just(Passed()),
     st.builds(CellFailed, cell=cells_of, error=cell_errors),
+    st.builds(
+        OutputsDiffer,
+        cell=cells_of,
+        differences=st.lists(
+            st.builds(
+                OutputDifference,
+                index=cells_of,
+                code_index=cells_of,
+                kind=words,
+                summary=words.filter(str.strip),
+                lines=st.lists(words, max_size=3).map(tuple),
+            ),
+            min_size=1,
+            max_size=3,
+        ).map(tuple),
+    ),
     st.builds(
         Died, cell=st.none() | cells_of, exit=st.none() | statuses, asked_to_exit=st.booleans()
     ),
