@@ -74,6 +74,7 @@ CONTRACT_KEYS = [
     "cause",
     "crash_cell",
     "culprits",
+    "differences",
     "cells",
     "limits",
     "enforcement",
