@@ -98,6 +98,9 @@ def start_failed(context: Context) -> Cause | None:
             f"the kernel passed its limit of {name} before it was ready, and was ended by safe-exec"
         )
         raise_it = context.if_limited(limit, f"Raise --{limit.value.replace('_', '-')}, or look")
+        # A group above the sandbox may allow fewer processes than our limit does.
+        if limit is LimitName.PROCESSES and context.evidence.process_bound is not None:
+            raise_it = ""
         advice = f"{raise_it or 'Look'} at IPython start-up files and what they import."
     return make(
         context, CauseKind.KERNEL_START_FAILED, reason, Confidence.CERTAIN, tuple(facts), advice

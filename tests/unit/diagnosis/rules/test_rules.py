@@ -470,23 +470,6 @@ DEATHS = [
     dead("os._exit(1)", exit_code(1), K.EXIT),
     dead("os._exit(137)-is-no-sigkill", exit_code(137), K.EXIT, oom_kills=1, oom_kills_cell=1),
     dead("os._exit(139)-is-no-segfault", exit_code(139), K.EXIT, fault=SHALLOW),
-    Row(
-        id="differs",
-        ending=OutputsDiffer(
-            cell=2,
-            differences=(
-                OutputDifference(
-                    index=2,
-                    code_index=2,
-                    kind="stdout",
-                    summary="stdout differs",
-                    lines=("@@ -1 +1 @@", "-a", "+b"),
-                ),
-                OutputDifference(index=3, code_index=3, kind="text/plain", summary="is missing"),
-            ),
-        ),
-        kind=K.OUTPUT_DIFFERS,
-    ),
     Row(id="asked", ending=Died(cell=2, exit=None, asked_to_exit=True), kind=K.EXIT),
     Row(
         id="asked-then-left",
@@ -748,6 +731,23 @@ ERRORS = [
         language="R",
         walls=NO_NETWORK,
         conflicts=(HOST,),
+    ),
+    Row(
+        id="differs",
+        ending=OutputsDiffer(
+            cell=2,
+            differences=(
+                OutputDifference(
+                    index=2,
+                    code_index=2,
+                    kind="stdout",
+                    summary="stdout differs",
+                    lines=("@@ -1 +1 @@", "-a", "+b"),
+                ),
+                OutputDifference(index=3, code_index=3, kind="text/plain", summary="is missing"),
+            ),
+        ),
+        kind=K.OUTPUT_DIFFERS,
     ),
     error(
         "memory-of-a-program",

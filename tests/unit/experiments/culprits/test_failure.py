@@ -292,6 +292,8 @@ def test_which_runs_are_searched(verdict: Verdict, always: bool) -> None:
     reason = why_not_searched(verdict, always=always)
     if verdict.status in SILENT or verdict.cause is None:
         assert reason == ""
+    elif verdict.cause.kind is K.OUTPUT_DIFFERS:
+        assert reason == "", "a trial compares no outputs"
     elif verdict.crash_cell is None:
         assert reason == "no cell was running when it happened"
     elif verdict.status is Status.CELL_ERROR and not always:
