@@ -22,7 +22,7 @@ _NO_TMPFILE = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL}
 
 
 class _NotRegularError(OSError):
-    """A path is not a regular file; ``str(error)`` says what it is."""
+    """A path is not a regular file; ``str(error)`` names its type."""
 
 
 def one_line(text: object) -> str:

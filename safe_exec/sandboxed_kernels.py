@@ -40,7 +40,8 @@ class SandboxedKernels(HasTraits):  # type: ignore[misc]
             for key, value in (spec.metadata or {}).items()
             if key not in ("kernel_provisioner", "supported_encryption")
         }
-        manager._kernel_spec = spec  # noqa: SLF001 - the place from which the manager's property reads
+        # The manager's property kernel_spec reads this attribute, and has no setter.
+        manager._kernel_spec = spec  # noqa: SLF001
         return manager
 
     def kernel_command(self, kernel_name: str) -> list[str]:

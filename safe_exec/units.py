@@ -5,7 +5,7 @@ K, M, G and T are powers of 1024, with or without "iB" or "B", as in systemd and
 raises UnitError with the value and the expected syntax.
 """
 
-# ruff: noqa: PLR2004 - the thresholds of rounding say best themselves what they are
+# ruff: noqa: PLR2004 - names would not explain the thresholds of rounding any better
 
 from __future__ import annotations
 

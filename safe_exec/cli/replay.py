@@ -144,7 +144,7 @@ def report(result: ReplayResult, style: Style) -> Iterator[str]:
 
 
 def same_words(result: ReplayResult) -> str:
-    """Describe the agreement: ``out of memory in code cell 2, line 3, peak 480 MiB (480 MiB then)``."""
+    """Describe the agreement: ``out of memory in code cell 2, peak 480 MiB (480 MiB then)``."""
     original, rerun = result.replay.original, result.rerun
     parts = [_kind_and_cell(rerun, result.agreement.cell)]
     if (

@@ -155,9 +155,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """The values of the options; ``keeps`` is true if documents of passed notebooks are kept too."""
+    """The values of the options."""
 
     out: Path
+    # Documents of passed notebooks are kept too.
     keeps: bool
     limits: str | None = None
     options: dict[str, str] = field(default_factory=dict)
@@ -276,7 +277,7 @@ def _working_directory(text: str | None, base: Path) -> Path | None:
 
 
 def _checked(limits: str | None, options: dict[str, str]) -> str | None:
-    """Check the limits, and return the profile, or a file as an absolute path. Raises LimitsError."""
+    """Check the limits, and return the profile or an absolute path. Raises LimitsError."""
     # Absolute, because other tests may change the working directory.
     from safe_exec.limits import profiles
     from safe_exec.sandbox.host.capabilities import detect
@@ -517,7 +518,7 @@ class Headlines:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Replace the plain text by one with a headline for pytest's summary and JUnit's message."""
+        """Add a headline to the plain text, for pytest's summary and JUnit's message."""
         if not isinstance(report.longrepr, str) or not any(
             name == MARK for name, _ in report.user_properties
         ):

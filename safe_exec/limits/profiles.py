@@ -109,7 +109,7 @@ class _Document(Struct, frozen=True, kw_only=True):
 _SECTIONS = ("description", "extends", "firm", "limits", "isolation")
 
 
-# --- profiles ---------------------------------------------------------------------------------------------------
+# --- profiles -------------------------------------------------------------------------------------
 
 
 @cache
@@ -164,7 +164,7 @@ def project_overrides(
     )
 
 
-# --- the limits of one run --------------------------------------------------------------------------------------
+# --- the limits of one run ------------------------------------------------------------------------
 
 
 def resolve(
@@ -393,7 +393,7 @@ def _own_limits(metadata: Mapping[str, object], error_prefix: str) -> Mapping[st
     return section
 
 
-# --- files ------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def _documents(text: str, machine_memory: int | None) -> list[_Document]:

@@ -1,4 +1,4 @@
-"""Finds the git repository around a folder. Reads names of files only; imports nothing else of safe-exec."""
+"""Finds the git repository around a folder. Reads names of files only."""
 
 from __future__ import annotations
 

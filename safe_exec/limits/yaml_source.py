@@ -127,12 +127,10 @@ def _loader() -> Any:
 
 
 def _explain(text: str, path: Path) -> None:
-    """Read invalid text again with PyYAML's own parser. Raises LimitsError, if that finds an error too.
-
-    libyaml's errors depend on its version: 0.2.6 gives up at 1000 levels, before it has told of
-    the first of them, where older ones tell of each. PyYAML's own parser is slower and says the
-    same everywhere.
-    """
+    """Read invalid text again with PyYAML's own parser. Raises LimitsError for an error there."""
+    # libyaml's errors depend on its version: 0.2.6 gives up at 1000 levels, before it has reported
+    # the first of them; older versions report each. PyYAML's own parser is slower, and its errors
+    # are the same everywhere.
     import yaml
 
     try:

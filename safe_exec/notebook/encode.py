@@ -33,7 +33,7 @@ _MOST_LINES = 200_000
 # Of str.splitlines.
 _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 _ESCAPES = (("\\", "\\\\"), ('"', '\\"'), ("\t", "\\t"))
-# What makes a text other than plain: the rest of what ends lines or must be escaped.
+# A text with any of these is not plain: other line ends, and other characters to escape.
 _ODD = tuple({*map(chr, range(32)), *_LINE_ENDS} - {"\t", "\n"})
 # Characters from which on it is worth while to look for those first.
 _WORTHWHILE = 500
@@ -202,7 +202,7 @@ class _Budget:
 
     def __init__(self, node: Mapping[str, Any]) -> None:
         self._remaining_lines = _MOST_LINES
-        # Else they cannot be so many.
+        # A text has no more lines than characters.
         self._counts = _characters(node) > _MOST_LINES
 
     def marked(self, text: str | list[str]) -> _Lines | _Whole | str:

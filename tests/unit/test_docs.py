@@ -22,6 +22,7 @@ import safe_exec
 from safe_exec import api
 from safe_exec.cli.main import COMMANDS
 from safe_exec.integrations.pytest_plugin import ISOLATION
+from safe_exec.limits import isolation
 from safe_exec.model import events
 from safe_exec.model.limits import Isolation, LimitName, Limits, Mechanism, Wall
 from safe_exec.model.verdict import (
@@ -356,6 +357,14 @@ def test_keys_of_isolation() -> None:
             if value != []
         }
         assert {row[0].strip("`"): row[column] for row in lines} == found, name
+
+
+def test_the_key_of_isolation_in_the_metadata_of_a_notebook() -> None:
+    text = section(page("docs/limits.md"), "Isolation")
+    path = re.search(r"in its\s+metadata \(`(\w+)\.(\w+)`", text)
+    assert path
+    metadata = {path[1]: {path[2]: {"network": False}}}
+    assert isolation.of_metadata(metadata, "a.ipynb") == {"network": False}
 
 
 def test_mechanisms() -> None:
