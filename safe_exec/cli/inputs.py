@@ -141,13 +141,14 @@ def inputs_of(options: Mapping[str, Any], *, lenient: bool = False) -> NotebookI
 
 
 def comparison_of(options: Mapping[str, Any], prefix: str = "--") -> ComparisonRules | None:
-    """The rules by which outputs are compared; ``None`` if they are not. Raises UsageError."""
+    """Return the rules for comparing outputs; ``None`` without --compare. Raises UsageError."""
     details = {
         "sanitize-with": options["sanitizers"],
         "compare-tolerance": options["tolerance"] is not None,
         "compare-images": options["image_distance"] is not None,
     }
     if not (options["compare"] or options["compare_lax"]):
+        # A detail without --compare is most likely a mistake, and would pass unnoticed.
         for name, given_value in details.items():
             if given_value:
                 raise UsageError(f"{prefix}{name}: nothing is compared; add {prefix}compare")
@@ -155,6 +156,7 @@ def comparison_of(options: Mapping[str, Any], prefix: str = "--") -> ComparisonR
     from safe_exec.notebook.comparison import ComparisonRules, demand_pillow, read_sanitizers
 
     if options["image_distance"] is not None:
+        # A missing library must be an error now, and not after the notebook has run.
         demand_pillow()
     return ComparisonRules(
         lax=options["compare_lax"],

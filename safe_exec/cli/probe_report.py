@@ -37,7 +37,7 @@ def quantity(scale: Scale, value: float) -> str:
 
 
 class RunLines:
-    """Prints a line for each finished run, and on a terminal one for the current run. Never raises."""
+    """Prints a line for each finished run, and on a terminal the current run. Never raises."""
 
     def __init__(self, stream: TextIO, scale: Scale, *, quiet: bool = False) -> None:
         self._stream, self._scale = stream, scale

@@ -62,6 +62,7 @@ def command(verdict: Path, as_json: bool, quiet: bool) -> int:
         raise UsageError(
             f"{verdict}: nothing to replay: {_NOTHING_TO_REPLAY.get(original.status, 'it names no cause')}"
         )
+    # A replay does not compare outputs, so it could not show the failure again.
     if original.differences:
         raise UsageError(
             f"{verdict}: nothing to replay: its outputs differ from the stored ones; compare them "
