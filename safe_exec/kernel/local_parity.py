@@ -57,7 +57,8 @@ def give_keys(manager: Any, wish: str | None) -> None:
 
 def demand_command(cmd: Sequence[str], env: Mapping[str, str], cwd: str) -> None:
     """Raise subprocess.Popen's error for an unusable directory or command."""
-    # Jupyter tools catch these exceptions, but the keeper could report a failed exec only as text.
+    # Callers know these exceptions from jupyter_client's local provisioner. The keeper reports a
+    # failed exec as text only.
     if not os.path.isdir(cwd):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), cwd)
     path = os.path.join(cwd, cmd[0]) if os.path.dirname(cmd[0]) else cmd[0]

@@ -77,7 +77,7 @@ def _demand(content: Mapping[str, Any], **types: type) -> None:
 
 def _count_checked(content: dict[str, Any]) -> list[str]:
     """Remove an invalid execution count."""
-    # The schema of nbformat allows no negative numbers, so the notebook could not be opened later.
+    # The schema of nbformat allows no negative numbers, so the notebook would be invalid.
     count = content.get("execution_count")
     if count is None or (type(count) is int and 0 <= count < MOST_COUNT):
         return []

@@ -74,7 +74,7 @@ def _action(fact: dict[str, Any]) -> OwnAction:
 
 
 def _integer(value: Any) -> int | None:
-    # bool is a subclass of int. The bound keeps the number in 64 bits, as system calls have it.
+    # bool is a subclass of int. The bound excludes numbers that no system call can take.
     return (
         value
         if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 64

@@ -119,7 +119,7 @@ class SpawnPlan(Struct, frozen=True, kw_only=True):
 
 
 def fold(limits: Limits, offers: Sequence[Offer]) -> SpawnPlan:
-    """Assign each set limit to the first offer that enforces it; ``offers`` come strongest first."""
+    """Assign each set limit to the first, and so strongest, offer that enforces it."""
     # A limit that no mechanism enforces is recorded with ``none``, so that reports can show it.
     enforcement: dict[LimitName, Enforcement] = {}
     for name in RUNNER_LIMITS:
