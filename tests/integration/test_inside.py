@@ -13,7 +13,7 @@ from safe_exec.agent import agent, layout, shutdown
 page = os.memfd_create("page")
 os.ftruncate(page, layout.PAGE_BYTES + 2 * layout.SEGMENT_BYTES)
 facts, fault = (socket.socketpair()[0].detach() for _ in range(2))
-shutdown.fit_shutdown(agent.Inside(page, facts, fault, {"headless": True}))
+shutdown.patch_shutdown(agent.Inside(page, facts, fault, {"headless": True}))
 
 import zmq
 from ipykernel.control import ControlThread

@@ -21,9 +21,9 @@ assert load_schema()["$id"] == "safe-exec/verdict/1"
 from datetime import datetime, timezone
 from pathlib import Path
 from safe_exec.reports.batch.html import page
-from safe_exec.reports.batch.results import Batch
+from safe_exec.reports.batch.results import BatchResult
 here = Path.cwd()
-none = Batch(entries=(), root=here, out=here, started=datetime.now(timezone.utc), seconds=0, exit_code=0, command=(), safe_exec_version="")
+none = BatchResult(results=(), root=here, out=here, started=datetime.now(timezone.utc), seconds=0, exit_code=0, command=(), safe_exec_version="")
 page.write(none, here / "report.html")
 assert "</html>" in (here / "report.html").read_text()
 print("fine")
