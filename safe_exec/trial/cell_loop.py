@@ -355,11 +355,23 @@ class CellLoop:
             return LimitHit(limit=limit, cell=cell)
         status = ended.status if ended else None
         exiting_cell = self.session.client.asked_to_exit if self.session.client else None
-        # A kernel that exit() ends may still take the request of the next cell, and dies in it.
-        if exiting_cell is not None and status is not None and status.exit_code == 0:
+        # A kernel that exit() ends may still take the request of the next cell, and dies in it. If
+        # it finished that one, the cell in which it died is where the notebook ended.
+        if (
+            exiting_cell is not None
+            and status is not None
+            and status.exit_code == 0
+            and self._is_next(exiting_cell, index)
+        ):
             return Died(cell=exiting_cell, exit=status, asked_to_exit=True)
         cell = index if index is not None else self.metrics.last_run
         return Died(cell=self._cell_by_page(cell), exit=status)
+
+    def _is_next(self, cell: int, index: int | None) -> bool:
+        """Whether ``index`` is the first cell that ran after ``cell``, or no other cell did."""
+        records = self.metrics.records.items()
+        later = [i for i, record in records if i > cell and record.started is not None]
+        return later == [] or (index is not None and later == [index])
 
     def _cell_by_page(self, cell: int | None) -> int | None:
         """Return the cell that was running at the death according to the kernel's shared page."""
