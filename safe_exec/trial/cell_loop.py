@@ -370,8 +370,8 @@ class CellLoop:
     def _is_next(self, cell: int, index: int | None) -> bool:
         """Whether ``index`` is the first cell that ran after ``cell``, or no other cell did."""
         records = self.metrics.records.items()
-        later = [i for i, record in records if i > cell and record.started is not None]
-        return later == [] or (index is not None and later == [index])
+        next_cells = [i for i, record in records if i > cell and record.started is not None]
+        return next_cells == [] or (index is not None and next_cells == [index])
 
     def _cell_by_page(self, cell: int | None) -> int | None:
         """Return the cell that was running at the death according to the kernel's shared page."""
