@@ -30,49 +30,38 @@ class Language(NamedTuple):
     literal: Callable[[Value], str]
 
 
-def python(value: Value) -> str:
-    """Return a Python literal, or a call for a float without one."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"float('{value}')"
-    if isinstance(value, Mapping):
-        items = (f"{_quoted(str(key))}: {python(item)}" for key, item in value.items())
-        return f"{{{', '.join(items)}}}"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"[{', '.join(map(python, value))}]"
-    return _quoted(value) if isinstance(value, str) else repr(value)
+class Notation(NamedTuple):
+    """How a language writes values. ``nan`` to ``minus_infinity`` are floats that are not finite."""
 
+    none: str
+    true: str
+    false: str
+    nan: str
+    infinity: str
+    minus_infinity: str
+    sequence: str
+    mapping: str
+    pair: str
+    text: Callable[[str], str]
 
-def r(value: Value) -> str:
-    """Return an R literal; a mapping becomes a named list, a sequence a list."""
-    if value is None:
-        return "NULL"
-    if isinstance(value, bool):
-        return "TRUE" if value else "FALSE"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Inf" if value > 0 else "-Inf"
-    if isinstance(value, Mapping):
-        items = (f"{_quoted(str(key))} = {r(item)}" for key, item in value.items())
-        return f"list({', '.join(items)})"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"list({', '.join(map(r, value))})"
-    return _quoted(value) if isinstance(value, str) else repr(value)
-
-
-def julia(value: Value) -> str:
-    """Return a Julia literal."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Inf" if value > 0 else "-Inf"
-    if isinstance(value, Mapping):
-        items = (f"{julia(str(key))} => {julia(item)}" for key, item in value.items())
-        return f"Dict({', '.join(items)})"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"[{', '.join(map(julia, value))}]"
-    # Julia would interpolate a variable after a dollar sign.
-    return _quoted(value).replace("$", "\\$") if isinstance(value, str) else repr(value)
+    def literal(self, value: Value) -> str:
+        """Return the literal of a value."""
+        if value is None or isinstance(value, bool):
+            return {None: self.none, True: self.true, False: self.false}[value]
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, float) and not math.isfinite(value):
+            infinity = self.infinity if value > 0 else self.minus_infinity
+            return self.nan if math.isnan(value) else infinity
+        if isinstance(value, Mapping):
+            pairs = (
+                self.pair.format(key=self.text(str(key)), item=self.literal(item))
+                for key, item in value.items()
+            )
+            return self.mapping.format(", ".join(pairs))
+        if isinstance(value, Sequence):
+            return self.sequence.format(", ".join(map(self.literal, value)))
+        return repr(value)
 
 
 def bash(value: Value) -> str:
@@ -88,19 +77,6 @@ def bash(value: Value) -> str:
     raise ValueError("a shell variable holds no list or mapping; pass a text")
 
 
-def javascript(value: Value) -> str:
-    """Return a JavaScript literal."""
-    if isinstance(value, float) and not math.isfinite(value):
-        # JSON lacks these numbers; all other JSON is valid JavaScript.
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        items = (f"{json.dumps(str(key))}: {javascript(item)}" for key, item in value.items())
-        return f"{{{', '.join(items)}}}"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"[{', '.join(map(javascript, value))}]"
-    return json.dumps(value)
-
-
 def _quoted(text: str) -> str:
     """Return a text in double quotes, with the escapes that Python, R and Julia share."""
     escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
@@ -114,6 +90,51 @@ def _escaped(char: str) -> str:
     number = ord(char)
     # \xNN is a byte in Julia and a byte of the locale's encoding in R: a code point is \u there.
     return f"\\u{number:04x}" if number < 1 << 16 else f"\\U{number:08x}"
+
+
+# Floats that are not finite have no literal in Python.
+python = Notation(
+    "None",
+    "True",
+    "False",
+    "float('nan')",
+    "float('inf')",
+    "float('-inf')",
+    "[{}]",
+    "{{{}}}",
+    "{key}: {item}",
+    _quoted,
+).literal
+# A mapping becomes a named list.
+r = Notation(
+    "NULL", "TRUE", "FALSE", "NaN", "Inf", "-Inf", "list({})", "list({})", "{key} = {item}", _quoted
+).literal
+# Julia would interpolate a variable after a dollar sign.
+julia = Notation(
+    "nothing",
+    "true",
+    "false",
+    "NaN",
+    "Inf",
+    "-Inf",
+    "[{}]",
+    "Dict({})",
+    "{key} => {item}",
+    lambda text: _quoted(text).replace("$", "\\$"),
+).literal
+# JSON lacks numbers that are not finite; all other JSON is valid JavaScript.
+javascript = Notation(
+    "null",
+    "true",
+    "false",
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "[{}]",
+    "{{{}}}",
+    "{key}: {item}",
+    json.dumps,
+).literal
 
 
 def _is_python_name(name: str) -> bool:
