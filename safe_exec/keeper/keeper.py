@@ -478,6 +478,14 @@ class Keeper:
             # Removing the directory now would delete files through the mount.
             self.directory = None
 
+    def report_failure(self, error: Exception) -> None:
+        """Tell the runner that this process failed, before the kernel is killed for it."""
+        # Otherwise its death by SIGKILL would look like the notebook's own.
+        if self.reason is None and not self.exited:
+            self.reason = "internal"
+        message = f"the keeper failed: {type(error).__name__}: {error}"
+        self.send(protocol.Trouble(message=message))
+
     def shutdown(self) -> None:
         """Kill what lives, remove what we made, and report what remains."""
         if self.reason is None and not self.exited:
@@ -586,5 +594,8 @@ def main(control_fd: int, directory: str, run_id: str) -> None:
             os.mkdir(keeper.directory, 0o700)
         keeper.send(protocol.Ready(pid=os.getpid()))
         keeper.run()
+    except Exception as error:
+        keeper.report_failure(error)
+        raise
     finally:
         keeper.shutdown()

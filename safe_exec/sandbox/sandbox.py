@@ -273,6 +273,9 @@ class Sandbox:
             # signal), and ``shutdown`` removes the rest.
             self.troubles.append(f"the keeper sent a message that cannot be read: {error}")
             self._keeper.kill()
+            self._set_exit(
+                KernelExit(status=None, reason=TerminationReason.INTERNAL, at=time.monotonic())
+            )
             self._keeper_gone()
 
     def _process(self, message: protocol.ToRunner) -> None:

@@ -16,6 +16,7 @@ from safe_exec.model.ending import (
     CellFailed,
     Died,
     Ending,
+    InternalError,
     LimitHit,
     Passed,
     TerminationReason,
@@ -341,6 +342,9 @@ class CellLoop:
         # The keeper's report has the wait status and the reason of our own kill.
         ended = self.session.ended
         reason = ended.reason if ended else None
+        if reason is TerminationReason.INTERNAL:
+            # The kernel died of a failure of the keeper, not of anything that the notebook did.
+            return InternalError(message=self._keeper_failure(), cell=index)
         if reason in (
             TerminationReason.OUTPUT,
             TerminationReason.PROCESSES,
@@ -366,6 +370,11 @@ class CellLoop:
             return Died(cell=exiting_cell, exit=status, asked_to_exit=True)
         cell = index if index is not None else self.metrics.last_run
         return Died(cell=self._cell_by_page(cell), exit=status)
+
+    def _keeper_failure(self) -> str:
+        sandbox = self.session.sandbox
+        troubles = sandbox.troubles if sandbox is not None else []
+        return troubles[-1] if troubles else "the keeper failed"
 
     def _is_next(self, cell: int, index: int | None) -> bool:
         """Whether ``index`` is the first cell that ran after ``cell``, or no other cell did."""

@@ -6,11 +6,18 @@ import select
 import socket
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
+import nbformat
 import psutil
 import pytest
 
+import safe_exec
 from safe_exec.keeper import protocol
+from safe_exec.model import events
+from safe_exec.model.verdict import Status
+from safe_exec.sandbox.sandbox import Sandbox
 from tests.support import wait_until
 
 SECONDS = 30
@@ -66,3 +73,31 @@ def test_a_keeper_that_hears_of_all_at_once_waits_afterwards() -> None:
             assert process.wait(SECONDS) == 0
         finally:
             process.kill()
+
+
+@pytest.mark.kills
+def test_a_failure_of_the_keeper_is_not_a_death_of_the_notebook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandboxes: list[Sandbox] = []
+    open_sandbox = Sandbox.__init__
+
+    def record(self: Sandbox, *args: Any, **options: Any) -> None:
+        open_sandbox(self, *args, **options)
+        sandboxes.append(self)
+
+    def confuse(event: events.Event) -> None:
+        if isinstance(event, events.CellStarted) and event.code_index == 1:
+            sandboxes[0]._control.sendall(b"rubbish\n")
+
+    monkeypatch.setattr(Sandbox, "__init__", record)
+    notebook = tmp_path / "nb.ipynb"
+    cells = ["kept = 1\nprint('kept')", "import time\ntime.sleep(600)"]
+    node = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbformat.write(node, notebook)
+    verdict = safe_exec.run(notebook, limits="ci", on_event=confuse)
+    assert verdict.status is Status.INTERNAL_ERROR
+    assert verdict.cause is not None and "keeper failed" in verdict.cause.summary
+    assert verdict.culprits is None
+    assert "kept" in (tmp_path / "nb.out.ipynb").read_text()
+    assert not psutil.pid_exists(sandboxes[0].kernel_pid or 0)
