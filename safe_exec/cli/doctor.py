@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from safe_exec._version import __version__
 from safe_exec.cli import tables
+from safe_exec.errors import SandboxError
 from safe_exec.model.limits import FolderUse, Isolation, LimitName, Limits, Mechanism, SystemCalls
 from safe_exec.reports.terminal import Style
 from safe_exec.sandbox.advice.isolation import WallRemedy, advise_walls
@@ -154,7 +155,7 @@ def _dead_runs() -> int | str:
     try:
         # Unreadable directories of other users are reported, not hidden.
         return dead_runs()
-    except OSError as error:
+    except (OSError, SandboxError) as error:
         return str(error)
 
 
