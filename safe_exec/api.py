@@ -13,7 +13,7 @@ from safe_exec.limits import isolation
 from safe_exec.model.events import EventSink
 from safe_exec.model.limits import Limits
 from safe_exec.model.verdict import Verdict
-from safe_exec.notebook.inputs import CellSelection, NotebookInputs, exit_meaning
+from safe_exec.notebook.inputs import CellSelection, NotebookInputs, exit_meaning, read_stdin
 from safe_exec.workflows.prepare import Bisect, Job, prepare
 from safe_exec.workflows.run import run_job
 
@@ -42,6 +42,8 @@ def run(
     only_tags: Sequence[str] = (),
     until: str | int | None = None,
     exit_is: str = "success",
+    strict_shell: bool = False,
+    stdin: str | os.PathLike[str] | None = None,
     comparison: ComparisonRules | None = None,
     bisect: str = "auto",
     bisect_budget: float | None = None,
@@ -61,7 +63,8 @@ def run(
     and override the profile; paths begin with ``/`` or ``~``. ``parameters`` are set in a new cell,
     as papermill does. ``skip_tags``, ``only_tags`` and ``until`` (a number from 1, an id or a tag)
     select the code cells to run. ``exit_is="error"`` makes ``sys.exit(0)`` an error of its cell;
-    otherwise it ends the notebook as passed. ``bisect`` is ``"auto"``, ``"always"`` or ``"never"``:
+    otherwise it ends the notebook as passed. ``strict_shell`` makes a failing ``!command`` an error of
+    its cell; the lines of the file ``stdin`` answer ``input()``. ``bisect`` is ``"auto"``, ``"always"`` or ``"never"``:
     whether a culprit search follows a failure; ``bisect_budget`` is its time limit in seconds
     (``None``: 60, or three times the first run). ``on_event`` is called with each event.
 
@@ -90,6 +93,8 @@ def run(
             only_tags=only_tags,
             until=until,
             exit_is=exit_is,
+            strict_shell=strict_shell,
+            stdin=stdin,
             comparison=comparison,
             bisect=bisect,
             bisect_budget=bisect_budget,
@@ -118,6 +123,8 @@ async def run_async(
     only_tags: Sequence[str] = (),
     until: str | int | None = None,
     exit_is: str = "success",
+    strict_shell: bool = False,
+    stdin: str | os.PathLike[str] | None = None,
     comparison: ComparisonRules | None = None,
     bisect: str = "auto",
     bisect_budget: float | None = None,
@@ -148,6 +155,8 @@ async def run_async(
                 until=None if until is None else str(until),
             ),
             exit_is=exit_meaning(exit_is),
+            strict_shell=strict_shell,
+            stdin=None if stdin is None else read_stdin(Path(stdin)),
         ),
         comparison=comparison,
         bisect=_bisect(bisect),

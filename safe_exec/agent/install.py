@@ -5,6 +5,7 @@ import os
 import sys
 
 from .cells import patch_shell
+from .commands import patch_commands
 from .shutdown import patch_shutdown
 from .errors import patch_errors
 from .faults import arm, watch, watch_handler
@@ -23,6 +24,7 @@ PARTS = (
     patch_messages,
     patch_descriptors,
     patch_shutdown,
+    patch_commands,
     patch_interrupts,
     patch_errors,
     patch_threads,

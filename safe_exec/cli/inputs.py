@@ -12,7 +12,7 @@ import click
 
 from safe_exec.errors import UsageError
 from safe_exec.files import one_line, read_regular
-from safe_exec.notebook.inputs import CellSelection, ExitMeaning, NotebookInputs
+from safe_exec.notebook.inputs import CellSelection, ExitMeaning, NotebookInputs, read_stdin
 
 if TYPE_CHECKING:
     from safe_exec.notebook.comparison import ComparisonRules
@@ -115,6 +115,17 @@ INPUT_OPTIONS = (
         default=ExitMeaning.SUCCESS.value,
         help="The result of a notebook that calls sys.exit(0) [success].",
     ),
+    click.option(
+        "--strict-shell",
+        is_flag=True,
+        help="Make a failing !command an error of its cell, not a warning.",
+    ),
+    click.option(
+        "--stdin",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Answer input() with the lines of this file.",
+    ),
 )
 
 
@@ -136,7 +147,11 @@ def inputs_of(options: Mapping[str, Any], *, lenient: bool = False) -> NotebookI
         lenient=lenient,
     )
     return NotebookInputs(
-        parameters=parameters, selection=selection, exit_is=ExitMeaning(options["exit_is"])
+        parameters=parameters,
+        selection=selection,
+        exit_is=ExitMeaning(options["exit_is"]),
+        strict_shell=options["strict_shell"],
+        stdin=None if options["stdin"] is None else read_stdin(options["stdin"]),
     )
 
 

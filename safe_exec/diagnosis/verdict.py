@@ -129,6 +129,8 @@ def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict
         only_tags=run.inputs.selection.only_tags,
         until=run.inputs.selection.until,
         exit_is=run.inputs.exit_is.value,
+        strict_shell=run.inputs.strict_shell,
+        stdin=None if run.inputs.stdin is None else run.inputs.stdin.path,
     )
     return Verdict(
         safe_exec_version=__version__,

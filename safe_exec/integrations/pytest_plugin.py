@@ -113,6 +113,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="The result of a notebook that calls sys.exit(0) [success].",
     )
     group.addoption(
+        "--safe-exec-strict-shell",
+        action="store_true",
+        help="As `safe-exec run --strict-shell`.",
+    )
+    group.addoption("--safe-exec-stdin", metavar="FILE", help="As `safe-exec run --stdin`.")
+    group.addoption(
         "--safe-exec-network",
         action="store_true",
         default=None,
@@ -240,6 +246,7 @@ def _input_options(config: pytest.Config) -> dict[str, Any]:
     """Return the options that change notebooks, under the names that the command uses."""
     # Relative to the directory of the command, not to pytest's root directory.
     base = config.invocation_params.dir
+    stdin = config.getoption("safe_exec_stdin")
     files = {
         key: [base / path for path in config.getoption(f"safe_exec_{name}")]
         for key, name in (
@@ -257,6 +264,8 @@ def _input_options(config: pytest.Config) -> dict[str, Any]:
         "only_tags": config.getoption("safe_exec_only_tag"),
         "until": config.getoption("safe_exec_until"),
         "exit_is": config.getoption("safe_exec_exit_is"),
+        "strict_shell": config.getoption("safe_exec_strict_shell"),
+        "stdin": base / stdin if stdin is not None else None,
         "compare": config.getoption("safe_exec_compare"),
         "compare_lax": config.getoption("safe_exec_compare_lax"),
         "tolerance": config.getoption("safe_exec_compare_tolerance"),

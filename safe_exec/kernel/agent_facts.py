@@ -33,6 +33,7 @@ MOST_ROWS = 50
 MOST_ERRORS = 6
 MOST_SHOWN = 10
 MOST_PATHS = 60
+MOST_COMMANDS = 20
 FACT_BYTES = 1 << 16
 # The largest size of a pipe (pipe(7), pipe-max-size).
 PIPE_BYTES = 1 << 20
@@ -50,6 +51,18 @@ class ReportedErrors(Struct, frozen=True, kw_only=True):
     search: str = ""
 
 
+class FailedCommand(Struct, frozen=True, kw_only=True):
+    """A shell command of a cell that failed.
+
+    ``status`` is its exit status, or -N for signal N. ``cell`` is the index of the cell.
+    """
+
+    text: str
+    status: int
+    cell: int | None
+    line: int | None
+
+
 class AgentFacts:
     """The facts received so far. ``client`` tells which requests were sent."""
 
@@ -62,6 +75,8 @@ class AgentFacts:
         self.shown_errors: dict[int, tuple[int, Rows]] = {}
         self.exit_requests: dict[int, tuple[int, Rows]] = {}
         self.own_actions = OwnActions()
+        self.failed_commands: list[FailedCommand] = []
+        self.failed_command_count = 0
         self.raised: dict[int, deque[ReportedErrors]] = {}
         self.armed = True
         self._cells: dict[int, str] = {}
@@ -134,8 +149,21 @@ class AgentFacts:
             self.own_actions.take(fact, _rows(fact["rows"]))
         elif "tracing" in fact:
             self.own_actions.take_tracing(fact)
+        elif "failed_command" in fact:
+            self._note_failed_command(fact)
         elif "armed" in fact:
             self.armed = bool(fact["armed"])
+
+    def _note_failed_command(self, fact: dict[str, Any]) -> None:
+        command = FailedCommand(
+            text=_text(fact["failed_command"]),
+            status=int(fact["status"]),
+            cell=self.index_of(int(fact["cell"])),
+            line=int(fact["place"]) or None,
+        )
+        self.failed_command_count += 1
+        if len(self.failed_commands) < MOST_COMMANDS:
+            self.failed_commands.append(command)
 
     def _note_line(self, fact: dict[str, Any], number: int, line: int) -> None:
         """Store a line of a cell with its stack."""

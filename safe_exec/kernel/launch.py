@@ -127,7 +127,7 @@ class Launch(Struct, frozen=True, kw_only=True):
     """The parameters of a start.
 
     An interactive kernel has the ``key`` of its client's connection file, and the client's
-    ``arguments`` after its command.
+    ``arguments`` after its command. With ``strict_shell`` a failing ``!command`` raises.
     """
 
     spec: Spec
@@ -138,6 +138,7 @@ class Launch(Struct, frozen=True, kw_only=True):
     env: Mapping[str, str]
     key: str | None = None
     arguments: tuple[str, ...] = ()
+    strict_shell: bool = False
 
     def __repr__(self) -> str:
         # Without the environment and the key: both are secrets.
@@ -275,7 +276,12 @@ def begin_launch(sandbox: Sandbox, request: Launch) -> LaunchedKernel:
         ),
         env=environment_of(request.spec, request.env),
         cwd=request.cwd,
-        config=inside_config(request.limits, headless=request.key is None, marks=True),
+        config=inside_config(
+            request.limits,
+            headless=request.key is None,
+            marks=True,
+            strict_shell=request.strict_shell,
+        ),
     )
     return LaunchedKernel(
         spec=request.spec,
@@ -406,10 +412,13 @@ def _enclose(
     return enclosure
 
 
-def inside_config(limits: Limits, *, headless: bool, marks: bool) -> dict[str, object]:
+def inside_config(
+    limits: Limits, *, headless: bool, marks: bool, strict_shell: bool = False
+) -> dict[str, object]:
     """The agent's settings.
 
-    The agent cuts output at its caps only if the client ``marks`` the missing part.
+    The agent cuts output at its caps only if the client ``marks`` the missing part. With
+    ``strict_shell`` a failing ``!command`` raises.
     """
     cap = limits.cell_output if marks else None
     cut = None if cap is None else cap + MESSAGE_SLACK
@@ -417,4 +426,5 @@ def inside_config(limits: Limits, *, headless: bool, marks: bool) -> dict[str, o
         "cut": cut,
         "message": None if cut is None else cut + MESSAGE_SLACK,
         "headless": headless,
+        "strict_shell": strict_shell,
     }

@@ -53,6 +53,7 @@ class PrestartedKernel:
         limits: Limits,
         cwd: Path,
         env: Mapping[str, str],
+        strict_shell: bool = False,
     ) -> None:
         """Begin to start the kernel if ``find_spec`` supports it; ``outcome`` raises errors."""
         # An error belongs in the verdict of the run, which does not exist yet.
@@ -62,7 +63,13 @@ class PrestartedKernel:
         self.plan = plan
         try:
             request = Launch(
-                spec=spec, kernel_name=kernel_name, plan=plan, limits=limits, cwd=str(cwd), env=env
+                spec=spec,
+                kernel_name=kernel_name,
+                plan=plan,
+                limits=limits,
+                cwd=str(cwd),
+                env=env,
+                strict_shell=strict_shell,
             )
             self._launched = begin_launch(self.sandbox_for(plan), request)
         except SafeExecError as error:

@@ -70,6 +70,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self.on_limit: Callable[[LimitName, float], None] | None = None
         self._is_end_reported = False
         self._prepared = self.headless = False
+        self.strict_shell = False
         self.ports_cached = False
         self.pid: int | None = None
         self.pgid: int | None = None
@@ -149,7 +150,12 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         """
         assert self.sandbox is not None and self.plan is not None
         env, cwd = kwargs.get("env", os.environ), str(kwargs.get("cwd") or os.getcwd())
-        config = inside_config(self.limits, headless=self.headless, marks=self._prepared)
+        config = inside_config(
+            self.limits,
+            headless=self.headless,
+            marks=self._prepared,
+            strict_shell=self.strict_shell,
+        )
         if self._prepared:
             self.channels, self.instrumented = spawn(
                 self.sandbox, self.plan, cmd, env=env, cwd=cwd, config=config

@@ -29,6 +29,7 @@ from safe_exec.kernel.agent_facts import AgentFacts
 from safe_exec.kernel.channel import Channel
 from safe_exec.kernel.children import ChildHistory
 from safe_exec.kernel.connection import Address, ConnectFailed, Connection, connect
+from safe_exec.kernel.input_answers import InputAnswers
 from safe_exec.kernel.late_text import LateText
 from safe_exec.kernel.launch import (
     AgentChannels,
@@ -63,7 +64,7 @@ MESSAGE_SLACK = 3 << 20
 PORTS = ("shell", "iopub", "stdin", "hb", "control")
 # Connected in this order: the subscription must be in place before the first reply.
 CHANNELS = {"iopub": "SUB", "shell": "DEALER", "control": "DEALER"}
-# Only an interactive kernel can ask a person for input.
+# Only an interactive kernel can ask a person for input, and `--stdin` answers for one.
 STDIN = {"stdin": "DEALER"}
 # A kernel that closes its sockets while we connect is probably ending; wait this long for its
 # status.
@@ -99,9 +100,15 @@ class KernelSession:
         plan: SpawnPlan,
         run_id: str,
         on_limit: Callable[[LimitName, float], None],
+        strict_shell: bool = False,
+        answers: InputAnswers | None = None,
     ) -> None:
         self.limits, self.plan, self.run_id = limits, plan, run_id
         self._on_limit = on_limit
+        self._strict_shell = strict_shell
+        # Answers to `input()`; without them a headless kernel declines to ask.
+        self.answers = answers
+        self._answering: asyncio.Task[None] | None = None
         self.agent_facts = AgentFacts()
         self.history = ChildHistory()
         self.changes: ProcessChanges | None = None
@@ -160,6 +167,7 @@ class KernelSession:
                 env=env,
                 key=self.key,
                 arguments=self.arguments,
+                strict_shell=self._strict_shell,
             )
             # Building a sandbox blocks, and other runs share this event loop.
             launched = await _run_in_thread(partial(launch, self.sandbox, request))
@@ -189,6 +197,7 @@ class KernelSession:
         provisioner.on_limit = self._on_limit
         provisioner.prepare(limits=self.limits, plan=self.plan, sandbox=self.sandbox)
         provisioner.headless = self.key is None
+        provisioner.strict_shell = self._strict_shell
         km.provisioner = provisioner
         return provisioner
 
@@ -292,8 +301,11 @@ class KernelSession:
         client.kernel_pid = None if self.pid is None else procfs.innermost_pid(self.pid)
         deadline = None if seconds is None else time.monotonic() + seconds
         kc = self.manager.client()
-        kc.allow_stdin = False
+        kc.allow_stdin = self.answers is not None
         await self._open_channels(kc, deadline)
+        if self.answers is not None:
+            answering = self.answers.serve(self._channels["stdin"])
+            self._answering = asyncio.create_task(answering)
         kc.iopub_channel.on_oversize = client.cut_display
         self.late_text = LateText(client)
         kc.iopub_channel.overheard = self.late_text.take
@@ -311,7 +323,8 @@ class KernelSession:
     async def _open_channels(self, kc: Any, deadline: float | None) -> None:
         """Connect once to each socket, and never reconnect."""
         # Notebook code could later put a socket of its own in their place.
-        for name, kind in (CHANNELS if self.key is None else CHANNELS | STDIN).items():
+        asks = self.key is not None or self.answers is not None
+        for name, kind in (CHANNELS | STDIN if asks else CHANNELS).items():
             port = getattr(self.manager, f"{name}_port")
             ip = self.manager.transport == "ipc"
             address = (
@@ -602,6 +615,8 @@ class KernelSession:
             self.provisioner.stop_watching()
         if self.volumes is not None:
             self.volumes.close()
+        if self._answering is not None:
+            self._answering.cancel()
         for channel in self._channels.values():
             channel.stop()
         if self.client is not None:

@@ -278,7 +278,8 @@ class NotebookInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     ``sha256`` is the hash of its file. The cell that sets ``parameters`` counts among the cells.
     ``skip_tags``, ``only_tags`` and ``until`` selected the cells that ran. ``exit_is`` tells
-    whether ``sys.exit(0)`` ended the notebook as a success or as an error.
+    whether ``sys.exit(0)`` ended the notebook as a success or as an error. With ``strict_shell`` a
+    failing ``!command`` raised. ``stdin`` is the path of the file that answered ``input()``.
     """
 
     path: str
@@ -294,6 +295,8 @@ class NotebookInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     only_tags: tuple[str, ...] = ()
     until: str | None = None
     exit_is: Literal["success", "error"] = "success"
+    strict_shell: bool = False
+    stdin: str | None = None
 
 
 class Environment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec import Struct, field
 
 from safe_exec.errors import UsageError
+from safe_exec.files import read_regular
 
 if TYPE_CHECKING:
     from safe_exec.notebook.literals import Value
 
 INJECTED_TAG = "injected-parameters"
+# Nobody has typed this much.
+_MOST_STDIN_BYTES = 1 << 20
 
 
 class ExitMeaning(StrEnum):
@@ -29,6 +33,20 @@ def exit_meaning(text: str) -> ExitMeaning:
         return ExitMeaning(text)
     except ValueError:
         raise UsageError(f"exit_is: {text!r} is neither 'success' nor 'error'") from None
+
+
+class StdinFile(Struct, frozen=True, kw_only=True):
+    """The lines that answer ``input()``, and the file that holds them."""
+
+    path: str
+    lines: tuple[str, ...]
+
+
+def read_stdin(path: Path) -> StdinFile:
+    """Read the answers to ``input()``, one a line. Raises UsageError."""
+    data = read_regular(path, most=_MOST_STDIN_BYTES, error=UsageError)
+    text = data.decode(errors="replace")
+    return StdinFile(path=str(path.absolute()), lines=tuple(text.splitlines()))
 
 
 class CellSelection(Struct, frozen=True, kw_only=True):
@@ -49,11 +67,16 @@ class CellSelection(Struct, frozen=True, kw_only=True):
 
 
 class NotebookInputs(Struct, frozen=True, kw_only=True):
-    """Parameters by name, the cells to run, and whether ``sys.exit(0)`` ends the notebook well."""
+    """Parameters by name, the cells to run, and how calls of exit, shell and input end.
+
+    ``strict_shell``: a failing ``!command`` raises. ``stdin`` answers ``input()``.
+    """
 
     parameters: Mapping[str, Value] = field(default_factory=dict)
     selection: CellSelection = field(default_factory=CellSelection)
     exit_is: ExitMeaning = ExitMeaning.SUCCESS
+    strict_shell: bool = False
+    stdin: StdinFile | None = None
 
     def __bool__(self) -> bool:
         return bool(self.parameters or self.selection)

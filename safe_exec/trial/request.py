@@ -72,6 +72,10 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
     cells: frozenset[int] | None = None
     skipped: frozenset[int] = frozenset()
     exit_is_success: bool = True
+    # A failing `!command` raises.
+    strict_shell: bool = False
+    # Answers to `input()`; None: it raises.
+    stdin_lines: tuple[str, ...] | None = None
     # Cells that may raise, as if they had nbclient's tag for it.
     may_raise: frozenset[int] = frozenset()
     env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))

@@ -32,6 +32,7 @@ from safe_exec.trial import own_process
 from safe_exec.trial.cell_loop import CellLoop, Stop
 from safe_exec.trial.discarded import discarded_warning
 from safe_exec.trial.evidence import collect_evidence
+from safe_exec.trial.option_warnings import option_warnings
 from safe_exec.trial.request import TrialRequest, TrialResult
 from safe_exec.trial.sampler import Sampler
 from safe_exec.trial.state import TrialState
@@ -142,6 +143,7 @@ class Trial:
         ending = await self._end_kernel(ending)
         self.session.take_facts()
         self._warn_of_messages()
+        self.state.warnings += option_warnings(self.state, ending)
         # After a death, later cells cannot be slowed down any more.
         if isinstance(ending, Passed | CellFailed):
             self._warn_of_tracing()

@@ -8,6 +8,7 @@ import time
 
 from msgspec.structs import replace
 
+from safe_exec.kernel.input_answers import InputAnswers
 from safe_exec.kernel.session import KernelSession
 from safe_exec.model import events
 from safe_exec.model.ending import TerminationReason
@@ -36,6 +37,8 @@ class TrialState:
             plan=request.plan,
             run_id=request.run_id,
             on_limit=self._limit_from_watchdog,
+            strict_shell=request.strict_shell,
+            answers=None if request.stdin_lines is None else InputAnswers(request.stdin_lines),
         )
         self.warnings: list[str] = []
         self.stopping = asyncio.Event()

@@ -25,7 +25,7 @@ from safe_exec.limits import isolation, profiles
 from safe_exec.model.limits import Isolation, LimitName, Limits, Wall
 from safe_exec.notebook import inputs as notebook_inputs
 from safe_exec.notebook import notebook
-from safe_exec.notebook.inputs import CellSelection, ExitMeaning, NotebookInputs
+from safe_exec.notebook.inputs import CellSelection, ExitMeaning, NotebookInputs, read_stdin
 from safe_exec.sandbox import keeper_process
 from safe_exec.sandbox.host.bwrap_probe import BwrapProbe
 from safe_exec.sandbox.host.capabilities import HostCapabilities, detect, probe_isolation
@@ -252,12 +252,15 @@ def _marked(job: Job, node: Any) -> _MarkedCells:
 
 
 def inputs_of_run(verdict: Verdict) -> NotebookInputs:
-    """The inputs of an earlier run."""
+    """The inputs of an earlier run. Raises UsageError if its file for stdin cannot be read."""
     ran = verdict.notebook
     return NotebookInputs(
         parameters=ran.parameters,
         selection=CellSelection(skip_tags=ran.skip_tags, only_tags=ran.only_tags, until=ran.until),
         exit_is=ExitMeaning(ran.exit_is),
+        strict_shell=ran.strict_shell,
+        # Read again: the lines may be secrets, and a verdict is shown to many.
+        stdin=None if ran.stdin is None else read_stdin(Path(ran.stdin)),
     )
 
 
@@ -483,6 +486,7 @@ def _start_kernel(
             cwd=cwd,
             # Only the Python API sets an environment; a command passes its own on.
             env=dict(job.env if job.env is not None else os.environ),
+            strict_shell=job.inputs.strict_shell,
         )
 
 

@@ -254,6 +254,7 @@ def request_for(
     """Return the request for a trial of the whole notebook; trials of a search modify it."""
     from safe_exec.trial.request import TrialRequest
 
+    stdin = prepared.job.inputs.stdin
     return TrialRequest(
         run_id=prepared.run_id,
         node=node,
@@ -269,6 +270,8 @@ def request_for(
         skipped=prepared.skipped,
         may_raise=prepared.may_raise,
         exit_is_success=prepared.job.inputs.exit_is is ExitMeaning.SUCCESS,
+        strict_shell=prepared.job.inputs.strict_shell,
+        stdin_lines=None if stdin is None else stdin.lines,
         allow_errors=_allow_errors(prepared),
         env=dict(prepared.job.env if prepared.job.env is not None else os.environ),
         sink=emit,

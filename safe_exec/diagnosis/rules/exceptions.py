@@ -22,8 +22,8 @@ def stdin(context: Context) -> Cause | None:
     facts = (inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error"),)
     summary = "the cell asked for input, and nobody is there to type it"
     advice = (
-        "Take the value from a file, an environment variable or a parameter instead of "
-        "input() or getpass()."
+        "Answer with the lines of a file (--stdin FILE), or take the value from a parameter or "
+        "an environment variable instead."
     )
     if error.in_debugger:
         summary = (

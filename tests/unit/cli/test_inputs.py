@@ -17,6 +17,7 @@ from safe_exec.errors import UsageError
 NOTHING: dict[str, Any] = {
     "parameters": (), "raw_parameters": (), "parameter_files": (), "set_env": (), "env_files": (),
     "skip_tags": (), "only_tags": (), "until": None, "exit_is": "success",
+    "strict_shell": False, "stdin": None,
 }  # fmt: skip
 
 
