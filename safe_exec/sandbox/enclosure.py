@@ -443,10 +443,10 @@ def _own_walls(kernel: PlannedKernel, paths: KernelPaths) -> Walls | None:
 def _system_call_filter(plan: SpawnPlan) -> str | None:
     if plan.walls.get(Wall.SYSTEM_CALLS, NO_WALL).by is not Mechanism.SECCOMP:
         return None
-    from safe_exec.keeper import seccomp
+    from safe_exec.sandbox.host import seccomp_policy
 
     refuses = plan.isolation.system_calls is SystemCalls.REFUSE
-    return base64.b64encode(seccomp.load("errno" if refuses else "kill")).decode()
+    return base64.b64encode(seccomp_policy.load("errno" if refuses else "kill")).decode()
 
 
 def _landlock(kernel: PlannedKernel, paths: KernelPaths) -> LandlockRules:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from safe_exec.keeper.seccomp import CLONE3, JUDGED, NEVER, NEWEST, PROBED
 from safe_exec.model.verdict import CauseKind, Status
+from safe_exec.sandbox.host.seccomp_policy import CLONE3, JUDGED, NEVER, NEWEST, PROBED
 from tests.hostile.arena import Attack, Who, fight, rounds
 
 S, K = Status, CauseKind

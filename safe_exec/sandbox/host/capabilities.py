@@ -174,7 +174,7 @@ def _no_filter() -> str:
     machine = os.uname().machine
     return (
         ""
-        if machine in seccomp.ARCHITECTURES and sys.maxsize > 1 << 32
+        if machine in seccomp.SECCOMP and sys.maxsize > 1 << 32
         else f"there is none for {machine}"
     )
 

@@ -17,11 +17,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from safe_exec.keeper import seccomp
+from safe_exec.keeper.seccomp import SECCOMP
+from safe_exec.sandbox.host import seccomp_policy
 from tests.support import ROOT, ordinary_user
 
-ARCHITECTURES = tuple(seccomp.ARCHITECTURES)
-REFUSALS: tuple[seccomp.Refusal, ...] = seccomp.REFUSALS
+ARCHITECTURES = tuple(seccomp_policy.ARCHITECTURES)
+REFUSALS: tuple[seccomp_policy.Refusal, ...] = seccomp_policy.REFUSALS
 BOTH = [(arch, refusal) for arch in ARCHITECTURES for refusal in REFUSALS]
 HEADERS = {
     "x86_64": ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm/unistd_64.h"),
@@ -39,7 +40,7 @@ def refused(refusal: str) -> int:
 
 
 def decide(program: bytes, number: int, *arguments: int, arch: int) -> int:
-    """What the system would answer; every load is checked as it checks them (kernel/seccomp.c, seccomp_check_filter)."""
+    """What the system would answer; every load is checked as it checks them (kernel/seccomp_policy.c, seccomp_check_filter)."""
     padded = [*arguments, *[0] * (6 - len(arguments))]
     data = struct.pack("<IIQ6Q", number, arch, 0, *padded)
     code = [struct.unpack_from("<HBBI", program, at) for at in range(0, len(program), 8)]
@@ -62,14 +63,16 @@ def decide(program: bytes, number: int, *arguments: int, arch: int) -> int:
             return operand
 
 
-program = functools.cache(seccomp.program)
+program = functools.cache(seccomp_policy.program)
 
 
-def answer(arch: str, refusal: seccomp.Refusal, number: int, *arguments: int) -> int:
-    return decide(program(arch, refusal), number, *arguments, arch=seccomp.ARCHITECTURES[arch])
+def answer(arch: str, refusal: seccomp_policy.Refusal, number: int, *arguments: int) -> int:
+    return decide(
+        program(arch, refusal), number, *arguments, arch=seccomp_policy.ARCHITECTURES[arch]
+    )
 
 
-def column(arch: str, numbers: seccomp.Numbers) -> dict[str, int]:
+def column(arch: str, numbers: seccomp_policy.Numbers) -> dict[str, int]:
     return {
         name: number
         for name, row in numbers.items()
@@ -78,18 +81,18 @@ def column(arch: str, numbers: seccomp.Numbers) -> dict[str, int]:
 
 
 def judged(arch: str, name: str) -> int:
-    return seccomp.JUDGED[name][ARCHITECTURES.index(arch)]
+    return seccomp_policy.JUDGED[name][ARCHITECTURES.index(arch)]
 
 
 # --- decisions --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("arch", "refusal"), BOTH)
-def test_every_number(arch: str, refusal: seccomp.Refusal) -> None:
+def test_every_number(arch: str, refusal: seccomp_policy.Refusal) -> None:
     """With arguments that nobody minds."""
-    expected = dict.fromkeys(column(arch, seccomp.NEVER).values(), refused(refusal))
-    expected |= dict.fromkeys(column(arch, seccomp.PROBED).values(), EPERM) | {435: ENOSYS}
-    expected |= dict.fromkeys(range(seccomp.NEWEST + 1, 1024), ENOSYS)
+    expected = dict.fromkeys(column(arch, seccomp_policy.NEVER).values(), refused(refusal))
+    expected |= dict.fromkeys(column(arch, seccomp_policy.PROBED).values(), EPERM) | {435: ENOSYS}
+    expected |= dict.fromkeys(range(seccomp_policy.NEWEST + 1, 1024), ENOSYS)
     found = {number: answer(arch, refusal, number) for number in range(1024)}
     assert {number: verdict for number, verdict in found.items() if verdict != ALLOW} == expected
 
@@ -137,7 +140,7 @@ def test_every_number(arch: str, refusal: seccomp.Refusal) -> None:
     ],
 )
 def test_what_hangs_on_arguments(
-    arch: str, refusal: seccomp.Refusal, name: str, arguments: tuple[int, ...], kind: str
+    arch: str, refusal: seccomp_policy.Refusal, name: str, arguments: tuple[int, ...], kind: str
 ) -> None:
     verdicts = {"allow": ALLOW, "deny": EPERM, "refuse": refused(refusal)}
     assert answer(arch, refusal, judged(arch, name), *arguments) == verdicts[kind]
@@ -151,16 +154,16 @@ longs = st.integers(0, 2**64 - 1)
 @given(st.sampled_from(BOTH), words, words, st.lists(longs, max_size=6))
 @example(("x86_64", "errno"), 0x40000003, 0, [])  # i386
 def test_any_call_of_another_architecture_kills(
-    which: tuple[str, seccomp.Refusal], arch: int, number: int, arguments: list[int]
+    which: tuple[str, seccomp_policy.Refusal], arch: int, number: int, arguments: list[int]
 ) -> None:
-    if arch != seccomp.ARCHITECTURES[which[0]]:
+    if arch != seccomp_policy.ARCHITECTURES[which[0]]:
         assert decide(program(*which), number, *arguments, arch=arch) == KILL
 
 
 @settings(deadline=None)
 @given(st.sampled_from(BOTH), st.one_of(st.integers(0, 600), words), st.lists(longs, max_size=6))
 def test_any_call_gets_a_verdict(
-    which: tuple[str, seccomp.Refusal], number: int, arguments: list[int]
+    which: tuple[str, seccomp_policy.Refusal], number: int, arguments: list[int]
 ) -> None:
     assert answer(*which, number, *arguments) in {ALLOW, EPERM, ENOSYS, refused(which[1])}
 
@@ -168,11 +171,11 @@ def test_any_call_gets_a_verdict(
 @settings(deadline=None)
 @given(
     st.sampled_from(BOTH),
-    st.sampled_from(list(seccomp.JUDGED)),
+    st.sampled_from(list(seccomp_policy.JUDGED)),
     st.lists(longs, min_size=6, max_size=6),
 )
 def test_upper_halves_do_not_count(
-    which: tuple[str, seccomp.Refusal], name: str, arguments: list[int]
+    which: tuple[str, seccomp_policy.Refusal], name: str, arguments: list[int]
 ) -> None:
     number = judged(which[0], name)
     assert answer(*which, number, *arguments) == answer(
@@ -182,7 +185,7 @@ def test_upper_halves_do_not_count(
 
 @settings(deadline=None)
 @given(st.sampled_from(REFUSALS), words)
-def test_x32_is_refused(refusal: seccomp.Refusal, number: int) -> None:
+def test_x32_is_refused(refusal: seccomp_policy.Refusal, number: int) -> None:
     if number & 0x40000000:
         assert answer("x86_64", refusal, number) == (
             ALLOW if number == 0xFFFFFFFF else refused(refusal)
@@ -203,10 +206,10 @@ def header(arch: str) -> dict[str, int]:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_numbers_are_those_of_the_headers(arch: str) -> None:
     real = header(arch)
-    every = column(arch, seccomp.NEVER | seccomp.PROBED) | {
-        name: judged(arch, name) for name in seccomp.JUDGED
+    every = column(arch, seccomp_policy.NEVER | seccomp_policy.PROBED) | {
+        name: judged(arch, name) for name in seccomp_policy.JUDGED
     }
-    every |= {"clone3": seccomp.CLONE3, "seccomp": seccomp.SECCOMP[arch]}
+    every |= {"clone3": seccomp_policy.CLONE3, "seccomp": SECCOMP[arch]}
     assert len(set(every.values())) == len(every)
     if real:
         newer = max(real.values())
@@ -216,21 +219,25 @@ def test_numbers_are_those_of_the_headers(arch: str) -> None:
             if real.get(name) != number and number <= newer
         } == {}
         missing = {
-            name for name, row in seccomp.NEVER.items() if row[ARCHITECTURES.index(arch)] is None
+            name
+            for name, row in seccomp_policy.NEVER.items()
+            if row[ARCHITECTURES.index(arch)] is None
         }
         assert missing & set(real) == set()
 
 
 @pytest.mark.parametrize(("arch", "refusal"), BOTH)
-def test_the_shipped_program_is_what_is_generated(arch: str, refusal: seccomp.Refusal) -> None:
-    """Else: ``python -m safe_exec.keeper.seccomp``."""
-    assert (Path(seccomp.FILTERS) / f"{arch}-{refusal}.bpf").read_bytes() == seccomp.program(
-        arch, refusal
-    )
+def test_the_shipped_program_is_what_is_generated(
+    arch: str, refusal: seccomp_policy.Refusal
+) -> None:
+    """Else: ``python -m safe_exec.sandbox.host.seccomp_policy``."""
+    assert (
+        Path(seccomp_policy.FILTERS) / f"{arch}-{refusal}.bpf"
+    ).read_bytes() == seccomp_policy.program(arch, refusal)
 
 
 def test_no_other_program_is_shipped() -> None:
-    assert {path.name for path in Path(seccomp.FILTERS).iterdir()} == {
+    assert {path.name for path in Path(seccomp_policy.FILTERS).iterdir()} == {
         f"{arch}-{refusal}.bpf" for arch, refusal in BOTH
     }
 
@@ -241,15 +248,15 @@ def test_another_architecture_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(os, "uname", Elsewhere)
     with pytest.raises(OSError, match=r"^no filter for riscv64$"):
-        seccomp.load("errno")
+        seccomp_policy.load("errno")
     with pytest.raises(OSError, match=r"^no filter for riscv64$"):
-        seccomp.program("riscv64", "kill")
+        seccomp_policy.program("riscv64", "kill")
 
 
 def test_a_32_bit_program_is_told_that_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "maxsize", 2**31 - 1)
     with pytest.raises(OSError, match="no filter for 32-bit programs on"):
-        seccomp.load("errno")
+        seccomp_policy.load("errno")
 
 
 # --- in real processes ------------------------------------------------------------------------------------------
@@ -266,11 +273,12 @@ START = """
 import ctypes, errno, os, signal, subprocess, sys
 sys.path.append(sys.argv[1])
 from safe_exec.keeper import seccomp
+from safe_exec.sandbox.host import seccomp_policy
 if sys.argv[2] != "none":
-    seccomp.install(seccomp.load(sys.argv[2]))
+    seccomp.install(seccomp_policy.load(sys.argv[2]))
 libc = ctypes.CDLL(None, use_errno=True)
-column = list(seccomp.ARCHITECTURES).index(os.uname().machine)
-numbers = {name: row[column] for name, row in {**seccomp.NEVER, **seccomp.PROBED, **seccomp.JUDGED, "clone3": (435, 435)}.items()}
+column = list(seccomp_policy.ARCHITECTURES).index(os.uname().machine)
+numbers = {name: row[column] for name, row in {**seccomp_policy.NEVER, **seccomp_policy.PROBED, **seccomp_policy.JUDGED, "clone3": (435, 435)}.items()}
 
 def call(name, *arguments):
     "The number of the error, 0 where it went well."
