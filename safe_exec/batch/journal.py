@@ -66,19 +66,26 @@ class JournalRecord(
 class PreviousBatch(Struct, frozen=True, kw_only=True):
     """The content of a journal: the last record of each finished notebook.
 
-    ``complete`` is true if the batch came to its end.
+    ``complete`` is true if the batch came to its end. ``started`` is the start of its last call, in
+    seconds since 1970; ``root`` is the directory that paths are relative to, ``shard`` is (K, N).
     """
 
     finished: Mapping[str, JournalRecord]
     complete: bool
     empty: bool
+    started: float | None = None
+    root: str = ""
+    shard: tuple[int, int] | None = None
 
 
 class _Line(Struct, frozen=True, kw_only=True):
-    """The part of a line that tells its kind."""
+    """The part of a line that tells its kind, and the facts of the start of a batch."""
 
     event: str
     path: str = ""
+    time: float | None = None
+    root: str = ""
+    shard: tuple[int, int] | None = None
 
 
 def read(path: Path) -> PreviousBatch:
@@ -86,6 +93,7 @@ def read(path: Path) -> PreviousBatch:
     # A line that is not JSON was cut short by a kill.
     finished: dict[str, JournalRecord] = {}
     complete, empty = False, True
+    start = _Line(event=_BATCH_STARTED)
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -95,7 +103,9 @@ def read(path: Path) -> PreviousBatch:
         if event is None:
             continue
         complete, empty = event.event == _BATCH_FINISHED, False
-        if event.event == _FINISHED:
+        if event.event == _BATCH_STARTED:
+            start = event
+        elif event.event == _FINISHED:
             # A version of safe-exec with other fields wrote a line that is not a record: the
             # notebook runs again.
             record = _decoded(text, JournalRecord)
@@ -104,7 +114,14 @@ def read(path: Path) -> PreviousBatch:
         elif event.event == _STARTED:
             # The notebook started again, after a change, and is finished when that run is.
             finished.pop(event.path, None)
-    return PreviousBatch(finished=finished, complete=complete, empty=empty)
+    return PreviousBatch(
+        finished=finished,
+        complete=complete,
+        empty=empty,
+        started=start.time,
+        root=start.root,
+        shard=start.shard,
+    )
 
 
 def _decoded(text: bytes, kind: type[T]) -> T | None:
@@ -177,9 +194,10 @@ class Journal:
         """Record the start of a notebook."""
         self._put(_STARTED, {"path": path, "attempt": attempt, "run_id": run_id}, sync=False)
 
-    def finished(self, record: JournalRecord) -> None:
-        """Record a finished notebook; the record is on disk on return."""
-        self._write(json_text.line(replace(record, time=_now())), sync=True)
+    def finished(self, record: JournalRecord, *, time: float | None = None) -> None:
+        """Record a notebook that finished at ``time`` [now]; the record is on disk on return."""
+        ended = _now() if time is None else time
+        self._write(json_text.line(replace(record, time=ended)), sync=True)
 
     def batch_finished(self, **facts: object) -> None:
         """Record the end of a batch, after its reports were written."""

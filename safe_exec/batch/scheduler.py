@@ -396,6 +396,7 @@ async def run_batch(
                 command=plan.command,
                 root=str(plan.root),
                 notebooks=len(plan.notebooks),
+                shard=plan.shard,
             )
             if not plan.resume and not journal.past.empty and not journal.past.complete:
                 listener.note(

@@ -159,7 +159,7 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> i
     plan = Plan(
         notebooks=_of_shard(selection.notebooks, shard, timings),
         root=selection.root,
-        out=_made(cwd / out),
+        out=make_out(cwd / out),
         capacity=capacity_for(jobs, memory_available()),
         template=_template(options, jobs),
         command=command_line(),
@@ -181,7 +181,7 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> i
     # Printed after the progress display has ended: GitHub needs whole lines.
     for line in ci.github_lines(batch) if github else ():
         click.echo(line)
-    _show(batch, sys.stdout, quiet=quiet)
+    show(batch, sys.stdout, quiet=quiet)
     return batch.exit_code
 
 
@@ -205,7 +205,8 @@ def _of_shard(
     return tuple(notebook for notebook in notebooks if notebook.path in mine)
 
 
-def _made(out: Path) -> Path:
+def make_out(out: Path) -> Path:
+    """Create the output directory and return its path without links. Raises OutputPathError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -230,7 +231,7 @@ def _template(options: dict[str, Any], jobs: int) -> Any:
 # --- the end of the output ----------------------------------------------------------------------
 
 
-def _show(batch: BatchResult, stream: TextIO, *, quiet: bool) -> None:
+def show(batch: BatchResult, stream: TextIO, *, quiet: bool) -> None:
     """Print the failed notebooks, the output directory, and the line for scripts."""
     from safe_exec.batch.outcome import summary_line
 

@@ -21,6 +21,7 @@ from safe_exec.platforms import refuse_elsewhere
 COMMANDS = {
     "run": "Run a notebook inside limits, and explain why its kernel died.",
     "batch": "Run many notebooks, and report on all of them.",
+    "merge": "Combine the output directories of shards into one.",
     "bisect": "Search for the cells that cause a failure.",
     "probe": "Measure how much of a limit a notebook needs.",
     "replay": "Run the notebook of a verdict again, and compare the outcomes.",
