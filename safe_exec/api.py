@@ -13,7 +13,9 @@ from safe_exec.limits import isolation
 from safe_exec.model.events import EventSink
 from safe_exec.model.limits import Limits
 from safe_exec.model.verdict import Verdict
+from safe_exec.notebook import output_form
 from safe_exec.notebook.inputs import CellSelection, NotebookInputs, exit_meaning, read_stdin
+from safe_exec.notebook.output_form import OutputForm
 from safe_exec.workflows.prepare import Bisect, Job, prepare
 from safe_exec.workflows.run import run_job
 
@@ -45,6 +47,10 @@ def run(
     strict_shell: bool = False,
     stdin: str | os.PathLike[str] | None = None,
     comparison: ComparisonRules | None = None,
+    in_place: bool = False,
+    on_failure: str = "keep",
+    clean_metadata: bool = False,
+    no_output: bool = False,
     bisect: str = "auto",
     bisect_budget: float | None = None,
     on_event: EventSink | None = None,
@@ -64,7 +70,9 @@ def run(
     as papermill does. ``skip_tags``, ``only_tags`` and ``until`` (a number from 1, an id or a tag)
     select the code cells to run. ``exit_is="error"`` makes ``sys.exit(0)`` an error of its cell;
     otherwise it ends the notebook as passed. ``strict_shell`` makes a failing ``!command`` an error of
-    its cell; the lines of the file ``stdin`` answer ``input()``. ``bisect`` is ``"auto"``, ``"always"`` or ``"never"``:
+    its cell; the lines of the file ``stdin`` answer ``input()``. ``in_place`` writes the executed notebook over the notebook
+    itself if it passes, and with ``on_failure="write"`` always; ``clean_metadata`` leaves times and
+    figures out of it, ``no_output`` the outputs. ``bisect`` is ``"auto"``, ``"always"`` or ``"never"``:
     whether a culprit search follows a failure; ``bisect_budget`` is its time limit in seconds
     (``None``: 60, or three times the first run). ``on_event`` is called with each event.
 
@@ -96,6 +104,10 @@ def run(
             strict_shell=strict_shell,
             stdin=stdin,
             comparison=comparison,
+            in_place=in_place,
+            on_failure=on_failure,
+            clean_metadata=clean_metadata,
+            no_output=no_output,
             bisect=bisect,
             bisect_budget=bisect_budget,
             on_event=on_event,
@@ -126,6 +138,10 @@ async def run_async(
     strict_shell: bool = False,
     stdin: str | os.PathLike[str] | None = None,
     comparison: ComparisonRules | None = None,
+    in_place: bool = False,
+    on_failure: str = "keep",
+    clean_metadata: bool = False,
+    no_output: bool = False,
     bisect: str = "auto",
     bisect_budget: float | None = None,
     on_event: EventSink | None = None,
@@ -159,6 +175,12 @@ async def run_async(
             stdin=None if stdin is None else read_stdin(Path(stdin)),
         ),
         comparison=comparison,
+        form=OutputForm(
+            in_place=in_place,
+            on_failure=output_form.on_failure(on_failure),
+            clean_metadata=clean_metadata,
+            no_output=no_output,
+        ),
         bisect=_bisect(bisect),
         bisect_budget=bisect_budget,
         sinks=(on_event,) if on_event is not None else (),

@@ -229,10 +229,15 @@ def write_pieces_atomically(path: Path | str, pieces: Iterable[bytes]) -> None:
         os.close(directory)
 
 
-def _replace(directory: int, name: str, pieces: Iterable[bytes]) -> None:
+def _replace(
+    directory: int,
+    name: str,
+    pieces: Iterable[bytes],
+    earlier_file: os.stat_result | None = None,
+) -> None:
     temporary = _temporary_name()
     try:
-        _fill(directory, temporary, pieces)
+        _fill(directory, temporary, pieces, earlier_file)
         os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     # Also for KeyboardInterrupt: no temporary file may remain.
     except BaseException:
@@ -333,9 +338,14 @@ class OutputDirectory:
         """Remove an existing file or link at the path. Raises OSError."""
         os.unlink(self._path.name, dir_fd=self._fd)
 
-    def write(self, data: bytes | Iterable[bytes]) -> None:
-        """Write the document like ``write_atomically``, into this folder."""
-        _replace(self._fd, self._path.name, (data,) if isinstance(data, bytes) else data)
+    def write(self, data: bytes | Iterable[bytes], *, keeps_owner: bool = False) -> None:
+        """Write the document like ``write_atomically``, into this folder.
+
+        ``keeps_owner``: with the owner and the permissions of the file that it replaces.
+        """
+        earlier_file = os.stat(self._path.name, dir_fd=self._fd) if keeps_owner else None
+        pieces = (data,) if isinstance(data, bytes) else data
+        _replace(self._fd, self._path.name, pieces, earlier_file)
         _sync_directory(self._fd)
 
     def sibling(self, word: str) -> OutputDirectory:
@@ -375,10 +385,17 @@ def _temporary_name() -> str:
     return f".safe-exec-{os.urandom(8).hex()}.tmp"
 
 
-def _fill(directory: int, name: str, pieces: Iterable[bytes]) -> None:
+def _fill(
+    directory: int, name: str, pieces: Iterable[bytes], earlier_file: os.stat_result | None
+) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     # 0o666: the umask decides, as for any other file that a user creates.
     with os.fdopen(os.open(name, flags, 0o666, dir_fd=directory), "wb") as file:
+        if earlier_file is not None:
+            # Only root may give a file away; the permissions are ours to set.
+            with suppress(PermissionError):
+                os.fchown(file.fileno(), earlier_file.st_uid, earlier_file.st_gid)
+            os.fchmod(file.fileno(), stat.S_IMODE(earlier_file.st_mode))
         file.writelines(pieces)
         # Durable before the rename: after a crash the name must not lead to an empty file.
         file.flush()

@@ -17,6 +17,7 @@ from safe_exec.batch.admission import AUTO, capacity_for, parse_jobs
 from safe_exec.batch.ordering import cut, parse_shard, read_timings
 from safe_exec.batch.selection import SelectedNotebook, select
 from safe_exec.cli.inputs import input_options
+from safe_exec.cli.outputs import output_options
 from safe_exec.cli.run import job_of, limit_options, wall_options
 from safe_exec.errors import OutputPathError
 from safe_exec.files import one_line
@@ -86,6 +87,7 @@ STDIN = "-"
 @limit_options
 @wall_options
 @input_options
+@output_options
 @click.option("--kernel", metavar="NAME", help="Kernel to use instead of the notebooks' own.")
 @click.option(
     "--cwd",

@@ -20,6 +20,7 @@ from safe_exec.cli.inputs import (
     variables_of,
     walls_with,
 )
+from safe_exec.cli.outputs import form_of, output_options
 from safe_exec.errors import UsageError
 from safe_exec.kernel.prestart import PrestartedKernel
 from safe_exec.limits import spec
@@ -118,6 +119,7 @@ WALL_OPTIONS = (
 @limit_options
 @wall_options
 @input_options
+@output_options
 @click.option("--kernel", metavar="NAME", help="Kernel to use instead of the notebook's own.")
 @click.option(
     "--cwd", type=click.Path(path_type=Path), help="Working directory [the notebook's folder]."
@@ -211,6 +213,7 @@ def job_of(notebook: Path, options: Mapping[str, Any], *, lenient: bool = False)
         options=limits,
         inputs=inputs_of(options, lenient=lenient),
         comparison=comparison_of(options),
+        form=form_of(options),
         env=environment_with(variables),
         walls=walls_with(walls_of(options), variables),
         verdict=options["verdict"],

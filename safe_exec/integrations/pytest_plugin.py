@@ -118,6 +118,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="As `safe-exec run --strict-shell`.",
     )
     group.addoption("--safe-exec-stdin", metavar="FILE", help="As `safe-exec run --stdin`.")
+    for name in ("in-place", "clean-metadata", "no-output"):
+        group.addoption(
+            f"--safe-exec-{name}", action="store_true", help=f"As `safe-exec run --{name}`."
+        )
+    group.addoption(
+        "--safe-exec-on-failure",
+        choices=("keep", "write"),
+        help="As `safe-exec run --on-failure` [keep].",
+    )
     group.addoption(
         "--safe-exec-network",
         action="store_true",
@@ -171,6 +180,7 @@ class Settings:
     walls: dict[str, Any] = field(default_factory=dict)
     inputs: Any = None
     comparison: Any = None
+    form: Any = None
     variables: dict[str, str] = field(default_factory=dict)
     cwd: Path | None = None
     kernel: str | None = None
@@ -205,6 +215,7 @@ def _settings(config: pytest.Config) -> Settings:
     # Before the imports below, which fail on other systems.
     refuse_elsewhere()
     from safe_exec.cli.inputs import comparison_of, inputs_of, variables_of, walls_with
+    from safe_exec.cli.outputs import form_of
     from safe_exec.cli.run import parse_budget, walls_of
 
     values = {row.name: config.getoption(f"safe_exec_limit_{row.name}") for row in OPTIONS}
@@ -224,6 +235,7 @@ def _settings(config: pytest.Config) -> Settings:
         # Lenient: in a folder of notebooks, some have no cell with a given tag.
         inputs=inputs_of(input_options, lenient=True),
         comparison=comparison_of(input_options, "--safe-exec-"),
+        form=form_of(_output_options(config), "--safe-exec-"),
         variables=variables,
         cwd=_working_directory(config.getoption("safe_exec_cwd"), config.invocation_params.dir),
         kernel=config.getoption("safe_exec_kernel"),
@@ -271,6 +283,12 @@ def _input_options(config: pytest.Config) -> dict[str, Any]:
         "tolerance": config.getoption("safe_exec_compare_tolerance"),
         "image_distance": config.getoption("safe_exec_compare_images"),
     }
+
+
+def _output_options(config: pytest.Config) -> dict[str, Any]:
+    """Return the options that decide how notebooks are written, under the command's names."""
+    names = ("in_place", "on_failure", "clean_metadata", "no_output")
+    return {name: config.getoption(f"safe_exec_{name}") for name in names}
 
 
 def _working_directory(text: str | None, base: Path) -> Path | None:
@@ -421,6 +439,7 @@ class NotebookItem(pytest.Item):
                 cwd=settings.cwd,
                 inputs=settings.inputs,
                 comparison=settings.comparison,
+                form=settings.form,
                 output=Path(f"{stem}.out.ipynb"),
                 verdict=Path(f"{stem}.verdict.json"),
                 repro=Path(f"{stem}.repro.ipynb"),

@@ -59,7 +59,7 @@ BANNER_ROLE = "banner"
 OUR_ERROR_PREFIX = "SafeExec"
 
 _FORMAT = 4
-_MOST_BYTES = 2**30
+MOST_BYTES = 2**30
 # Lists and objects, each of which takes us more than a kilobyte until all is written; a hundred
 # charts of 5000 rows have so many.
 MOST_CONTAINERS = 500_000
@@ -141,7 +141,7 @@ class Source(Struct, frozen=True, kw_only=True):
                 f"{one_line(path)}: is a directory, not a notebook; run all notebooks in it: "
                 f"safe-exec batch {one_line(path)}"
             )
-        return cls.of_data(path, read_regular(path, most=_MOST_BYTES, error=NotebookError))
+        return cls.of_data(path, read_regular(path, most=MOST_BYTES, error=NotebookError))
 
     @classmethod
     def of_data(cls, path: Path, data: bytes) -> Self:

@@ -46,24 +46,30 @@ _RED, _BOLD, _PLAIN = "\x1b[31m", "\x1b[1m", "\x1b[0m"
 
 
 def annotate(
-    executed: NotebookNode, verdict: Verdict, hide: Callable[[str], str] = str
+    executed: NotebookNode,
+    verdict: Verdict,
+    hide: Callable[[str], str] = str,
+    *,
+    figures: bool = True,
 ) -> NotebookNode:
     """Return an annotated copy of ``executed``, the notebook with the outputs collected so far.
 
-    ``hide`` removes secrets from lines of source. The copy shares single outputs with ``executed``,
+    ``hide`` removes secrets from lines of source. Without ``figures`` nothing is added to metadata.
+    The copy shares single outputs with ``executed``,
     which is not changed.
     """
     notebook = _copied(executed)
     notebook.cells = [_copied(cell) for cell in executed.cells]
     # Viewers need the language for highlighting, and some notebooks lack it.
-    if verdict.notebook.kernel is not None:
+    if figures and verdict.notebook.kernel is not None:
         complete_metadata(notebook.metadata, verdict.notebook.kernel, verdict.notebook.language)
-    _mark(notebook, _notebook_figures(verdict))
+    if figures:
+        _mark(notebook, _notebook_figures(verdict))
     for record in verdict.cells:
         if record.index < len(notebook.cells):
-            _annotate_cell(notebook.cells[record.index], record)
+            _annotate_cell(notebook.cells[record.index], record, figures=figures)
     if verdict.status is not Status.PASSED:
-        _mark_culprits(notebook, verdict)
+        _mark_culprits(notebook, verdict, figures=figures)
         _add_error(notebook, verdict, hide)
         # Inserted last: until then indexes refer to the notebook as it ran.
         notebook.cells.insert(0, _banner(notebook, verdict))
@@ -116,10 +122,12 @@ def _notebook_figures(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _annotate_cell(cell: NotebookNode, record: CellRecord) -> None:
-    # The index of a cell is not stored: it changes with the banner and with edits.
-    figures = plain(record)
-    _mark(cell, {key: figures[key] for key in figures if key not in ("index", "code_index", "id")})
+def _annotate_cell(cell: NotebookNode, record: CellRecord, *, figures: bool) -> None:
+    if figures:
+        values = plain(record)
+        # The index of a cell is not stored: it changes with the banner and with edits.
+        left_out = ("index", "code_index", "id")
+        _mark(cell, {key: values[key] for key in values if key not in left_out})
     if record.status is CellStatus.NOT_RUN and cell.cell_type == "code":
         # Outputs of an earlier run would look like results of this one.
         cell.outputs = []
@@ -129,7 +137,7 @@ def _annotate_cell(cell: NotebookNode, record: CellRecord) -> None:
 # --- culprits -------------------------------------------------------------------------------
 
 
-def _mark_culprits(notebook: NotebookNode, verdict: Verdict) -> None:
+def _mark_culprits(notebook: NotebookNode, verdict: Verdict, *, figures: bool) -> None:
     """Mark each culprit in its metadata, and all but the crash cell with a visible note."""
     search = verdict.culprits
     if search is None:
@@ -139,7 +147,7 @@ def _mark_culprits(notebook: NotebookNode, verdict: Verdict) -> None:
         cell = notebook.cells[culprit.index] if culprit.index < len(notebook.cells) else None
         if cell is None or cell.cell_type != "code":
             continue
-        ours = cell.metadata.setdefault(METADATA_KEY, _node({}))
+        ours = cell.metadata.setdefault(METADATA_KEY, _node({})) if figures else None
         if isinstance(ours, dict):
             mark = {
                 "role": culprit.role,

@@ -26,6 +26,7 @@ from safe_exec.model.limits import Isolation, LimitName, Limits, Wall
 from safe_exec.notebook import inputs as notebook_inputs
 from safe_exec.notebook import notebook
 from safe_exec.notebook.inputs import CellSelection, ExitMeaning, NotebookInputs, read_stdin
+from safe_exec.notebook.output_form import OutputForm
 from safe_exec.sandbox import keeper_process
 from safe_exec.sandbox.host.bwrap_probe import BwrapProbe
 from safe_exec.sandbox.host.capabilities import HostCapabilities, detect, probe_isolation
@@ -56,7 +57,8 @@ class Job(Struct, frozen=True, kw_only=True):
 
     ``limits`` is the name of a profile, the path of a limits file, or ready-made limits; only
     ready-made limits are combined with ``isolation``. ``options`` and ``walls`` override both.
-    ``output``, ``verdict`` and ``repro`` (the reproduction) default to paths beside the notebook;
+    ``output``, ``verdict`` and ``repro`` (the reproduction) default to paths beside the notebook, and
+    ``output`` to the notebook itself if its ``form`` is in place and it passes;
     with ``writes`` false they need not be writable. ``tree`` is the directory that holds all
     documents if other runs write there too. ``own_paths`` are files and directories of safe-exec
     itself, which are left out of copies of the notebook's folder. ``machine`` holds capabilities
@@ -70,6 +72,7 @@ class Job(Struct, frozen=True, kw_only=True):
     options: Mapping[str, object] = field(default_factory=dict)
     inputs: NotebookInputs = field(default_factory=NotebookInputs)
     comparison: ComparisonRules | None = None
+    form: OutputForm = field(default_factory=OutputForm)
     output: Path | None = None
     verdict: Path | None = None
     repro: Path | None = None
@@ -449,6 +452,8 @@ def check_outputs(job: Job) -> JobPaths:
     # The reproduction is left out: most runs write none.
     for path in (paths.notebook, paths.verdict) if job.writes else ():
         check_writable(path if job.tree is None else job.tree.current_path(path))
+    if job.writes and job.form.in_place:
+        check_writable(job.path.resolve())
     if not paths.cwd.is_dir():
         raise UsageError(f"{paths.cwd}: no such directory to run in (--cwd)")
     return paths
@@ -461,8 +466,9 @@ def refuse_same(paths: Mapping[str, Path]) -> None:
         # Only the folder is resolved: a symlink in place of the document is replaced, not followed.
         real = path.absolute().parent.resolve() / path.name
         if real in names:
+            hint = " or use --in-place" if (names[real], name) == ("the notebook", "-o") else ""
             raise OutputPathError(
-                f"{path}: {names[real]} and {name} are the same file; give {name} another one"
+                f"{path}: {names[real]} and {name} are the same file; give {name} another one{hint}"
             )
         names[real] = name
 

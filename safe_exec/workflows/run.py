@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import hashlib
 import logging
 import os
 import signal
@@ -12,21 +13,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from safe_exec.errors import EnforcementError, SafeExecError
-from safe_exec.files import OutputDirectory, ReservedSpace, one_line
+from safe_exec.errors import EnforcementError, OutputPathError, SafeExecError
+from safe_exec.files import OutputDirectory, ReservedSpace, one_line, read_regular
 from safe_exec.limits import profiles
 from safe_exec.model import events
 from safe_exec.model.ending import InternalError, OutputsDiffer, Passed
 from safe_exec.model.events import Event, EventSink
 from safe_exec.model.evidence import Evidence
-from safe_exec.model.verdict import CellStatus, Verdict
+from safe_exec.model.verdict import CellStatus, Status, Verdict
 from safe_exec.notebook import notebook
 from safe_exec.notebook.inputs import ExitMeaning
+from safe_exec.notebook.output_form import OnFailure, OutputForm, arrange
 from safe_exec.reports.masking import Mask, mask_for
 from safe_exec.sandbox.plan import SpawnPlan, require
 from safe_exec.sandbox.stale_runs import sweep
@@ -347,6 +350,11 @@ class Documents:
         self.mask = _mask(prepared)
         self.warnings: list[str] = []
         self._run_id = prepared.run_id
+        # The target of a link: the link stays.
+        self._source_path = prepared.job.path.resolve()
+        self._source_hash = prepared.notebook.sha256
+        self._has_output = prepared.job.output is not None
+        self._replaced_source: Path | None = None
         self._stack = contextlib.ExitStack()
         self._folders: dict[str, OutputDirectory] = {}
         for name, path in (
@@ -366,13 +374,40 @@ class Documents:
 
     def paths(self) -> dict[str, str]:
         """Return the current path of each document, whether it is written yet or not."""
-        return {name: str(folder.path) for name, folder in self._folders.items()}
+        paths = {name: str(folder.path) for name, folder in self._folders.items()}
+        if self._replaced_source is not None:
+            paths["notebook"] = str(self._replaced_source)
+        return paths
+
+    def replace_source(self, data: notebook.Encoded) -> None:
+        """Write the executed notebook over the notebook itself.
+
+        If that is impossible, a warning says so, and the notebook is written as usual.
+        """
+        path = self._source_path
+        try:
+            # An editor may have saved the notebook during the run: nobody's work is lost.
+            current = read_regular(path, most=notebook.MOST_BYTES, error=OutputPathError)
+            if hashlib.sha256(current).hexdigest() != self._source_hash:
+                problem = "it was changed during the run"
+            else:
+                with contextlib.closing(OutputDirectory(path)) as folder:
+                    folder.write(data, keeps_owner=True)
+                self._source_hash = hashlib.sha256(b"".join(data)).hexdigest()
+                if not self._has_output:
+                    self._replaced_source = path
+                return
+        except (OSError, OutputPathError) as error:
+            problem = one_line(error)
+        self.warnings.append(f"{path.name} was not written in place: {problem}")
 
     def put(self, name: str, data: bytes | notebook.Encoded) -> None:
-        """Write a document. Raises OSError.
+        """Write a document, unless the notebook was written in place. Raises OSError.
 
         If the existing file cannot be replaced, the document gets a similar name and a warning.
         """
+        if name == "notebook" and self._replaced_source is not None:
+            return
         if name not in self._folders:
             raise FileNotFoundError(errno.ENOENT, "the folder is gone")
         folder = self._folders[name]
@@ -403,10 +438,18 @@ def write(prepared: PreparedJob, verdict: Verdict, node: Any, documents: Documen
     from safe_exec.reports import annotated_notebook, verdict_json
 
     verdict = _with_output_paths(documents.mask.everywhere(verdict), documents)
-    try:
-        documents.put(
-            "notebook", notebook.Encoded(annotated_notebook.annotate(node, verdict, documents.mask))
+    form = prepared.job.form
+    arranged_node = arrange(node, prepared.fresh_node(), form) if form != OutputForm() else node
+    encoded = notebook.Encoded(
+        annotated_notebook.annotate(
+            arranged_node, verdict, documents.mask, figures=not form.clean_metadata
         )
+    )
+    in_place = verdict.status is Status.PASSED or form.on_failure is OnFailure.WRITE
+    if form.in_place and in_place:
+        documents.replace_source(encoded)
+    try:
+        documents.put("notebook", encoded)
     except (OSError, SafeExecError) as error:
         verdict = _without_output(
             verdict, "notebook", f"the annotated notebook could not be written: {error}"
