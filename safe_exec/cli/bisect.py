@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sys
 from pathlib import Path
 
@@ -11,21 +10,13 @@ import click
 
 from safe_exec.cli.run import parse_budget
 from safe_exec.errors import UsageError
-from safe_exec.files import read_regular
 from safe_exec.model.verdict import CauseKind, Status, Verdict
 from safe_exec.notebook import notebook
 from safe_exec.reports import progress, terminal, verdict_json
-from safe_exec.workflows.prepare import (
-    Bisect,
-    Job,
-    PreparedJob,
-    command_line,
-    inputs_of_run,
-    prepare,
-)
+from safe_exec.workflows.earlier_run import prepare_again, read_verdict
+from safe_exec.workflows.prepare import Bisect, Job, command_line, prepare
 from safe_exec.workflows.run import bisect_job, run_job
 
-MOST_BYTES = 1 << 30
 NOT_FOUND = 1
 
 
@@ -96,65 +87,7 @@ def _job_with_first_run(path: Path, seconds: float | None) -> Job:
     return Job(path=path, bisect=Bisect.ALWAYS, bisect_budget=seconds, command=command_line())
 
 
-def read_verdict(path: Path) -> Verdict:
-    """Read the verdict in a file. Raises UsageError."""
-    data = read_regular(path, most=MOST_BYTES, error=UsageError)
-    try:
-        return verdict_json.loads(data)
-    # The file may come from anywhere; deeply nested brackets exhaust the parser's stack.
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not a verdict of safe-exec: {str(error)[:200]}") from None
-
-
 def _is_of(verdict: Verdict, path: Path) -> bool:
     """Return whether a verdict describes a failure of the notebook's current content."""
     # Compared by content: the file may have been edited since, or only touched.
     return verdict.notebook.sha256 == notebook.read(path).sha256 and verdict.cause is not None
-
-
-def prepare_again(verdict: Verdict, path: Path, seconds: float | None) -> PreparedJob:
-    """Prepare the job of an earlier run again. Raises UsageError if its notebook has changed."""
-    source = find_notebook(verdict, path)
-    outputs = {name: Path(output) for name, output in verdict.outputs.items()}
-    prepared = prepare(
-        Job(
-            path=source,
-            # The limits of the failed run, even if the profile has changed since.
-            limits=verdict.limits,
-            isolation=verdict.isolation,
-            inputs=inputs_of_run(verdict),
-            output=outputs.get("notebook"),
-            verdict=path,
-            kernel=verdict.notebook.kernel,
-            cwd=Path(verdict.cwd),
-            allow_errors=verdict.allow_errors,
-            bisect=Bisect.ALWAYS,
-            bisect_budget=seconds,
-            command=command_line(),
-        )
-    )
-    # Culprits of a changed notebook would name the wrong cells.
-    if prepared.notebook.sha256 != verdict.notebook.sha256:
-        raise UsageError(
-            f"{source}: changed since the verdict was written; run `safe-exec run` again"
-        )
-    return prepared
-
-
-def find_notebook(verdict: Verdict, path: Path) -> Path:
-    """Find the notebook of a verdict. Raises UsageError."""
-    # It may have moved together with its verdict, for example as a CI artifact.
-    recorded_path = Path(verdict.notebook.path)
-    for candidate in (
-        recorded_path,
-        Path(verdict.cwd) / recorded_path.name,
-        path.absolute().parent / recorded_path.name,
-    ):
-        # A recorded path may lie in a folder that this user must not enter.
-        with contextlib.suppress(OSError):
-            if candidate.is_file():
-                return candidate
-    raise UsageError(
-        f"{path}: its notebook {recorded_path} does not exist; "
-        "run in the original folder, or put both files into one folder"
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,20 @@ def command(
             arguments=arguments,
         )
     )
+
+
+def arguments_of(config: Mapping[str, str], options: Mapping[str, Any]) -> list[str]:
+    """The arguments of `safe-exec kernel` for these limits, and for the options of isolation."""
+    argv: list[str] = []
+    for key, figure in config.items():
+        argv += [f"--{key.replace('_', '-')}", figure]
+    # The profile decides unless one of both options was given.
+    if options["network"] is not None:
+        argv.append("--network" if options["network"] else "--no-network")
+    argv += ["--read-only"] if options["read_only"] else []
+    for option in ("show", "writable", "hide", "env_names", "devices"):
+        for item in options[option]:
+            name = {"env_names": "env", "devices": "device"}.get(option, option)
+            # The client may start it in any directory.
+            argv += [f"--{name}", item if name == "env" else str(Path(item).absolute())]
+    return argv

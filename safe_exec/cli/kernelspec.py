@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from safe_exec.cli.kernel import NOT_HERE
+from safe_exec.cli.kernel import NOT_HERE, arguments_of
 from safe_exec.cli.run import options_of, wall_options, walls_of
 from safe_exec.errors import OutputPathError, UsageError
 from safe_exec.limits import spec
@@ -164,17 +164,7 @@ def _command(kernel: str, config: Mapping[str, str], options: Mapping[str, Any])
     argv = [sys.executable, "-P", "-m", "safe_exec", "kernel", "-f", "{connection_file}"]
     # The client substitutes the connection file in every argument list.
     argv += ["--kernel", kernel]
-    for key, figure in config.items():
-        argv += [f"--{key.replace('_', '-')}", figure]
-    # The profile decides unless one of both options was given.
-    if options["network"] is not None:
-        argv.append("--network" if options["network"] else "--no-network")
-    argv += ["--read-only"] if options["read_only"] else []
-    for option in ("show", "writable", "hide", "env_names", "devices"):
-        for item in options[option]:
-            name = {"env_names": "env", "devices": "device"}.get(option, option)
-            # The client may start it in any directory.
-            argv += [f"--{name}", item if name == "env" else str(Path(item).absolute())]
+    argv += arguments_of(config, options)
     for option in ("require", "on_death"):
         argv += [f"--{option.replace('_', '-')}", options[option]] if options[option] else []
     argv += ["--no-history"] if options["no_history"] else []

@@ -31,6 +31,7 @@ COMMANDS = {
     "kernel": "Be a kernel inside limits; Jupyter clients start it.",
     "kernelspec": "Install a kernel that always runs inside limits, for JupyterLab, VS Code and others.",
     "sessions": "List the recorded sessions of such kernels.",
+    "mcp": "Serve tools for agents: run notebooks and cells inside limits (MCP).",
 }
 
 # Commands that run no notebook. The others import modules that only Linux has.

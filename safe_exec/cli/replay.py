@@ -14,7 +14,6 @@ import click
 from msgspec.structs import replace
 
 from safe_exec.cli import tables
-from safe_exec.cli.bisect import find_notebook, read_verdict
 from safe_exec.errors import UsageError
 from safe_exec.experiments.compare import Difference, compares_peaks
 from safe_exec.model.ending import signal_name
@@ -25,6 +24,7 @@ from safe_exec.reports.masking import Mask, mask_for
 from safe_exec.reports.terminal import Style
 from safe_exec.reports.text import common
 from safe_exec.units import format_size
+from safe_exec.workflows.earlier_run import find_notebook, read_verdict
 from safe_exec.workflows.prepare import command_line
 from safe_exec.workflows.replay import ReplayResult, prepare_replay, replay
 

@@ -52,6 +52,7 @@ def _list() -> None:
         cells = f"{facts.cells} cell{'' if facts.cells == 1 else 's'}"
         click.echo(f"{facts.id}  {cells} · {facts.kernel} · {facts.limits} · {one_line(facts.cwd)}")
         if facts.ended is not None:
-            click.echo(f"    died of    {one_line(facts.ended)}")
+            label = "cell ended" if facts.survived else "died of"
+            click.echo(f"    {label:<10} {one_line(facts.ended)}")
         if facts.notebook is not None:
             click.echo(f"    culprits   safe-exec bisect {quoted(facts.notebook)}")

@@ -404,7 +404,7 @@ class Proxy:
     def _send_diagnosis(self, msg_id: str, waiting: Waiting, diagnosis: Diagnosis) -> None:
         """Publish the diagnosis of an interrupted cell, then its held reply and ``idle``."""
         assert waiting.cell is not None and waiting.reply is not None and waiting.idle is not None
-        error = self._publish_error(waiting, diagnosis)
+        error = self._publish_error(waiting, diagnosis, survived=True)
         content = {**(waiting.content or {}), **error, "status": "error"}
         # The reply's content changes, so it needs a new signature.
         frames = self.front.author.resigned(waiting.reply, content)
@@ -412,13 +412,15 @@ class Proxy:
         self.front.publish(waiting.idle)
         self._finish(msg_id, waiting)
 
-    def _publish_error(self, waiting: Waiting, diagnosis: Diagnosis) -> dict[str, Any]:
+    def _publish_error(
+        self, waiting: Waiting, diagnosis: Diagnosis, *, survived: bool
+    ) -> dict[str, Any]:
         assert waiting.cell is not None
         source = self.inner.state.request.node.cells[waiting.cell].source
         node = self.inner.state.request.node
         path = None
         if self._recording is not None:
-            path = self._recording.write_notebook(diagnosis.verdict, node)
+            path = self._recording.write_notebook(diagnosis.verdict, node, survived=survived)
         error = diagnosis.error(source, session_note(path))
         self.front.announce("error", error, waiting.header)
         return error
@@ -466,7 +468,7 @@ class Proxy:
             # Output that was journaled in the shared page but never sent comes first.
             for message in inner.recovered:
                 self.front.announce(message["msg_type"], message["content"], waiting.header)
-            error = self._publish_error(waiting, diagnosis)
+            error = self._publish_error(waiting, diagnosis, survived=False)
             content = diagnosis.reply(error, waiting.execution_count)
             self._reply(waiting, "execute_reply", content)
             self.front.announce("status", {"execution_state": "idle"}, waiting.header)

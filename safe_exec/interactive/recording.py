@@ -57,7 +57,7 @@ class Recording:
     def open(cls, facts: Mapping[str, str]) -> Recording:
         """Begin a recording and remove old ones.
 
-        ``facts`` (kernel, cwd, limits) go into its first line.
+        ``facts`` (kernel, cwd, limits) go into its first line, with the id of this process.
         """
         directory = sessions_directory()
         # Cells may contain passwords: no other user can read the directory or its files.
@@ -66,7 +66,7 @@ class Recording:
         name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(3).hex()}.jsonl"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         recording = cls(directory / name, os.open(directory / name, flags, 0o600))
-        recording._write({"schema": SCHEMA, "started": _now(), **facts})
+        recording._write({"schema": SCHEMA, "started": _now(), "process": os.getpid(), **facts})
         return recording
 
     def add(self, source: str, cell_id: str | None) -> None:
@@ -88,9 +88,13 @@ class Recording:
             # The disk is full, say. The session goes on without its recording.
             self.close()
 
-    def write_notebook(self, verdict: Verdict, node: Any) -> Path | None:
-        """Write the session's notebook and verdict; the notebook's path, ``None`` on an error."""
-        self._write({"ended": verdict.cause.summary if verdict.cause else None, "at": _now()})
+    def write_notebook(self, verdict: Verdict, node: Any, *, survived: bool) -> Path | None:
+        """Write the session's notebook and verdict; the notebook's path, ``None`` on an error.
+
+        ``survived`` tells that only the cell ended, at an interrupt.
+        """
+        cause = verdict.cause.summary if verdict.cause else None
+        self._write({"ended": cause, "survived": survived, "at": _now()})
         path = self.path.with_suffix(".ipynb")
         data = notebook_of(node)
         # `safe-exec bisect` checks that a verdict belongs to its notebook by this hash.
@@ -151,17 +155,21 @@ def write_cells(path: Path, cells: list[str], kernel: str) -> None:
 class SessionFacts(Struct, frozen=True, kw_only=True):
     """One recording in the list of ``safe-exec sessions``.
 
-    ``cells`` is a count. ``notebook`` exists after a death only.
+    ``cells`` and ``diagnoses`` are counts. ``ended`` is the last diagnosis: of the kernel's death, or
+    of a cell's timeout that the kernel ``survived``. ``notebook`` exists after a diagnosis only.
     """
 
     id: str
     path: Path
+    process: int | None
     started: str
     kernel: str
     cwd: str
     limits: str
     cells: int
+    diagnoses: int
     ended: str | None
+    survived: bool
     notebook: Path | None
 
 
@@ -177,17 +185,22 @@ def facts_of(path: Path) -> SessionFacts:
     """Read the facts of a recording."""
     lines = list(_lines(path))
     first = lines[0] if lines else {}
-    ended = [line["ended"] for line in lines if "ended" in line]
+    diagnoses = [line for line in lines if "ended" in line]
+    last = diagnoses[-1] if diagnoses else {}
+    process = first.get("process")
     notebook = path.with_suffix(".ipynb")
     return SessionFacts(
         id=path.stem,
         path=path,
+        process=process if isinstance(process, int) else None,
         started=str(first.get("started", "")),
         kernel=str(first.get("kernel", "")),
         cwd=str(first.get("cwd", "")),
         limits=str(first.get("limits", "")),
         cells=sum("executed" in line for line in lines),
-        ended=str(ended[-1]) if ended else None,
+        diagnoses=len(diagnoses),
+        ended=str(last["ended"]) if last else None,
+        survived=last.get("survived") is True,
         notebook=notebook if notebook.exists() else None,
     )
 
@@ -201,6 +214,11 @@ def find(name: str) -> SessionFacts:
             " that; `safe-exec sessions` lists them"
         )
     return matches[0]
+
+
+def of_process(process: int) -> SessionFacts | None:
+    """The newest recording of a process, if it records."""
+    return next((facts for facts in sessions() if facts.process == process), None)
 
 
 def sources(path: Path) -> list[str]:

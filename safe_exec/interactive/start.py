@@ -120,6 +120,8 @@ def _prepared(options: KernelOptions) -> PreparedJob:
         cwd=cwd,
         require=options.require,
         mechanisms=options.mechanisms,
+        # A person goes on after an error, and so must a search in the recorded session.
+        allow_errors=True,
         command=("safe-exec", "kernel", options.kernel),
         bisect=Bisect.NEVER,
         writes=False,

@@ -131,21 +131,26 @@ async def run_undocumented(
 
 
 async def bisect_job(
-    prepared: PreparedJob, verdict: Verdict, sinks: tuple[EventSink, ...] = ()
+    prepared: PreparedJob,
+    verdict: Verdict,
+    sinks: tuple[EventSink, ...] = (),
+    *,
+    cancellation: Cancellation | None = None,
 ) -> Verdict:
     """Search for the culprits of an earlier run, and write its documents again.
 
-    Raises EnforcementError.
+    A caller that passes its own ``cancellation`` handles signals itself. Raises EnforcementError.
     """
     from safe_exec.trial.request import Cancellation
     from safe_exec.workflows.bisect import FolderSnapshot, search
 
     plan = prepared.plan()
     require(plan, prepared.limits.required)
-    cancellation = Cancellation()
+    handle_signals = signals if cancellation is None else _no_signal_handlers
+    cancellation = cancellation or Cancellation()
     emit = _fan_out((*prepared.job.sinks, *sinks), _mask(prepared))
     with (
-        signals(cancellation.arrive),
+        handle_signals(cancellation.arrive),
         Documents(prepared) as documents,
         FolderSnapshot(prepared, of=verdict.run_id) as folder,
     ):

@@ -275,6 +275,7 @@ def test_a_session_is_recorded_and_its_culprits_are_found(tmp_path: Path, mark: 
             await k.run("size = 10 << 20")
             await k.run("unrelated = 1", silent=True)
             await k.run("unrelated = 2")
+            await k.run("1 / 0")  # after which a person goes on, and the search too
             await k.run("rows = [bytearray(b'x') * size for _ in range(100)]")
             return k.diagnosis
 
@@ -293,7 +294,7 @@ def test_a_session_is_recorded_and_its_culprits_are_found(tmp_path: Path, mark: 
     done = safe_exec("bisect", "--json", notebook)
     assert done.returncode == 0, done.stderr
     culprits = json.loads(done.stdout)["culprits"]["cells"]
-    assert [cell["code_index"] for cell in culprits] == [0, 2]
+    assert [cell["code_index"] for cell in culprits] == [0, 3]
     listed = safe_exec("sessions").stdout
     assert recording.stem in listed and "out of memory" in listed
 

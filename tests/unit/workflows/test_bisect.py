@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_exec import cache
-from safe_exec.cli.bisect import find_notebook, read_verdict
 from safe_exec.errors import UsageError
 from safe_exec.experiments import workspace as folders
 from safe_exec.model.limits import Isolation, Limits
@@ -26,6 +25,7 @@ from safe_exec.model.verdict import CauseKind, NotebookInfo, Status, Usage, Verd
 from safe_exec.reports import verdict_json
 from safe_exec.workflows import bisect as searching
 from safe_exec.workflows.bisect import LEAST_BUDGET, FolderSnapshot, budget_of
+from safe_exec.workflows.earlier_run import find_notebook, read_verdict
 from safe_exec.workflows.prepare import Bisect, JobPaths
 from tests.unit.builders import every_verdict, make_verdict, name_of
 
@@ -275,7 +275,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         read_verdict(tmp_path / "nowhere.json")
     with pytest.raises(UsageError, match="is a directory"):
         read_verdict(tmp_path)
-    monkeypatch.setattr("safe_exec.cli.bisect.MOST_BYTES", 1 << 20)
+    monkeypatch.setattr("safe_exec.workflows.earlier_run.MOST_BYTES", 1 << 20)
     (tmp_path / "v.json").write_bytes(b" " * ((1 << 20) + 1))
     with pytest.raises(UsageError, match="larger than 1 MiB"):
         read_verdict(tmp_path / "v.json")

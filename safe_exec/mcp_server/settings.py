@@ -1,0 +1,40 @@
+"""What the person who starts the server decides: the folder, the limits, the kernel.
+
+Agents cannot change any of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from safe_exec.errors import UsageError
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """The options of ``safe-exec mcp``.
+
+    ``folder`` is absolute and without symlinks; notebooks outside of it are refused. ``limits``
+    names a profile or a file, ``figures`` and ``walls`` override parts of it. ``arguments`` say the
+    same as options of ``safe-exec kernel``. ``kernel`` is the sandbox's.
+    """
+
+    folder: Path
+    limits: str
+    figures: Mapping[str, object] = {}
+    walls: Mapping[str, Any] = {}
+    arguments: tuple[str, ...] = ()
+    kernel: str = "python3"
+
+    def notebook(self, path: str) -> Path:
+        """The notebook that an agent names, relative to the folder. Raises UsageError."""
+        # Resolved first: a symlink must not lead out of the folder.
+        full = (self.folder / path).resolve()
+        if not full.is_relative_to(self.folder):
+            raise UsageError(f"{path}: outside of {self.folder}; start the server with that folder")
+        if full.suffix.lower() != ".ipynb":
+            raise UsageError(f"{path}: not a notebook; name a file that ends in .ipynb")
+        return full
