@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import subprocess
@@ -163,3 +164,82 @@ def test_a_death_costs_the_points_of_its_cell_alone(tmp_path: Path) -> None:
         }
     out = nbformat.read(tmp_path / "autograded" / "ada" / "ps1" / "p.ipynb", as_version=4)
     assert any(o.get("ename") == "SafeExec: segfault" for o in out.cells[2].outputs)
+
+
+# --- jupyter-scheduler --------------------------------------------------------------------------------------------
+
+
+# In a process of its own: `multiprocessing` leaves a resource tracker in the one that creates a job.
+SCHEDULER = """
+import json, sys, time
+from jupyter_scheduler.environments import CondaEnvironmentManager
+from jupyter_scheduler.models import CreateJob
+from jupyter_scheduler.orm import create_tables
+from jupyter_scheduler.scheduler import Scheduler
+from safe_exec.integrations.jupyter_scheduler import ExecutionManager
+
+database = "sqlite:///scheduler.sqlite"
+create_tables(database)
+scheduler = Scheduler(
+    root_dir=".",
+    environments_manager=CondaEnvironmentManager(),
+    db_url=database,
+    execution_manager_class=ExecutionManager,
+    task_runner_class=None,
+    staging_path="staging",
+)
+ids = [
+    scheduler.create_job(
+        CreateJob(
+            **{"runtime_environment_parameters": {}, **fields},
+            name="nightly",
+            runtime_environment_name="here",
+            output_formats=["ipynb", "html"],
+        )
+    )
+    for fields in json.loads(sys.argv[1])
+]
+for job_id in ids:
+    while (job := scheduler.get_job(job_id, job_files=False)).status not in ("COMPLETED", "FAILED"):
+        time.sleep(0.1)
+    print(job.json())
+"""
+
+
+def finished_jobs(folder: Path, *jobs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Jobs of the real scheduler after their end."""
+    done = run(folder, "python", "-W", "ignore", "-c", SCHEDULER, json.dumps(jobs))
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_scheduled_jobs_say_why_they_failed(tmp_path: Path) -> None:
+    nbformat.write(notebook("x = 1", SEGFAULT, "print(x)"), tmp_path / "bad.ipynb")
+    nbformat.write(notebook("import time; time.sleep(y)"), tmp_path / "slow.ipynb")
+    dead, late, good = finished_jobs(
+        tmp_path,
+        {"input_uri": "bad.ipynb"},
+        {
+            "input_uri": "slow.ipynb",
+            "parameters": {"y": "60"},
+            "runtime_environment_parameters": {
+                "timeout_seconds": 2,
+                "max_retries": 1,
+                "retry_on_timeout": True,
+            },
+        },
+        {"input_uri": "slow.ipynb", "parameters": {"y": "0"}},
+    )
+    assert good["status"] == "COMPLETED", good["status_message"]
+    assert late["status"] == "FAILED"
+    assert "limit 2.0 s" in late["status_message"] and "2 tries" in late["status_message"]
+    assert dead["status"] == "FAILED"
+    assert dead["status_message"].startswith("kernel died in code cell 2 · segfault")
+    assert "ctypes.string_at(0)" in dead["status_message"]
+    assert "caused by code cell 2 alone" in dead["status_message"]
+    folder = tmp_path / "staging" / dead["job_id"]
+    (output,) = folder.glob("bad-*.ipynb")
+    assert "safe-exec: kernel died" in nbformat.read(output, as_version=4).cells[0].source
+    (page,) = folder.glob("bad-*.html")
+    assert "segmentation fault" in page.read_text()
+    assert "bad.verdict.json" in dead["packaged_files"]
