@@ -87,10 +87,22 @@ class Case:
 
     def for_version(self, version: str) -> Case:
         """The case with the keys of ``expected`` that differ in this version of Python."""
-        different = [
-            a["expected"] for a in self.alternatives if version in SpecifierSet(a["python"])
-        ]
-        return replace(self, expected={**self.expected, **different[0]}) if different else self
+        return self._with(
+            [
+                a
+                for a in self.alternatives
+                if "place" not in a and version in SpecifierSet(a["python"])
+            ]
+        )
+
+    def at(self, place: Place) -> Case:
+        """The case with the keys of ``expected`` that differ in this place."""
+        return self._with([a for a in self.alternatives if a.get("place") == place])
+
+    def _with(self, alternatives: list[Mapping[str, Any]]) -> Case:
+        if not alternatives:
+            return self
+        return replace(self, expected={**self.expected, **alternatives[0]["expected"]})
 
 
 def read(path: Path) -> list[Case]:
@@ -109,6 +121,8 @@ def read(path: Path) -> list[Case]:
         wrong = [
             *(set(case.places) - set(PLACES)),
             *(v for v in case.wrote.values() if v not in WRITTEN),
+            *(a["place"] for a in case.alternatives if a.get("place", "root") not in PLACES),
+            *(k for a in case.alternatives for k in a if k not in {"place", "python", "expected"}),
         ]
         if wrong:
             raise ValueError(f"{path.name}, {case.id}: {wrong} is not a value of this format")

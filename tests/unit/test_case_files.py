@@ -54,6 +54,8 @@ def test_cases_that_are_not_right_yet_and_exceptions_exist() -> None:
         ({"sayz": []}, "unknown keys sayz"),
         ({"places": ["moon"]}, "moon"),
         ({"wrote": {"a": "maybe"}}, "maybe"),
+        ({"alternatives": [{"place": "moon", "expected": {}}]}, "moon"),
+        ({"alternatives": [{"planet": "moon", "expected": {}}]}, "planet"),
     ],
 )
 def test_a_wrong_key_or_value_is_refused(
@@ -85,3 +87,15 @@ def test_an_answer_may_depend_on_the_version_of_python() -> None:
     assert [case.holds_for(version) for version in ("3.11", "3.12", "3.14")] == [False, True, True]
     assert case.for_version("3.12").expected["status"] == "kernel_died"
     assert case.for_version("3.14").expected == {"status": "cell_error", "cell": 1}
+
+
+def test_an_answer_may_depend_on_the_place() -> None:
+    case = Case(
+        id="a",
+        title="",
+        source="variant",
+        expected={"status": "kernel_died", "cell": 1},
+        alternatives=({"place": "user", "expected": {"status": "cell_error"}},),
+    )
+    assert case.for_version("3.12") == case.at("root") == case
+    assert case.at("user").expected == {"status": "cell_error", "cell": 1}
