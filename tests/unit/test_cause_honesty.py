@@ -40,6 +40,7 @@ from safe_exec.model.ending import (
 from safe_exec.model.evidence import CLAIMS, Evidence, NeedKind
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism, Wall
 from safe_exec.model.verdict import Cause, CauseKind, CellRecord, CellStatus, Confidence, Origin
+from safe_exec.trial.errors import NOBODY_TYPES
 from tests.unit.diagnosis.rules.test_rules import (
     FIELDS,
     LIMITS,
@@ -252,6 +253,7 @@ HELPS: Mapping[str, Callable[[Context], bool]] = {
     "--device": lambda c: any((n.path or "").startswith("/dev/") for n in c.evidence.conflicts),
     "--sanitize-with": lambda c: isinstance(c.ending, OutputsDiffer),
     "--compare-tolerance": lambda c: isinstance(c.ending, OutputsDiffer),
+    "--stdin": lambda c: c.evidence.error is not None and c.evidence.error.ename == NOBODY_TYPES,
     "--allow-errors": lambda c: isinstance(c.ending, CellFailed),
     "--kernel": lambda c: isinstance(c.ending, StartFailed),
     "--mechanisms": lambda c: by_rlimit(c, LimitName.MEMORY),

@@ -35,9 +35,8 @@ ADVICE: dict[Activity | None, str] = {
     "it less to do.",
     Activity.SLEEPING: "It waits on purpose: shorten the sleep or poll with a deadline.",
     Activity.WAITING_IO: "The other side does not answer: give the call a timeout of its own.",
-    Activity.WAITING_LOCK: "The thread that should release the lock or fill the queue is gone: "
-    "check "
-    "the threads started before.",
+    Activity.WAITING_LOCK: "Find the thread that should release the lock or fill the queue: it may "
+    "have ended, or wait itself. If no other thread is left, this one took the lock before.",
     Activity.WAITING_CHILD: "Look at the child process it waits for; give the call a timeout.",
     Activity.STOPPED: "Something sent SIGSTOP; continue it with SIGCONT, or remove that call.",
 }

@@ -7,6 +7,7 @@ a cause or raises its confidence.
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Callable, Mapping
 
@@ -58,6 +59,9 @@ MEANINGS = {
 }
 # The limits that are sizes in bytes.
 SIZES = ("RLIMIT_AS", "RLIMIT_DATA", "RLIMIT_STACK", "RLIMIT_FSIZE", "RLIMIT_MEMLOCK")
+ALLOWED_BY_RUN = re.compile(
+    r": \d+ are allowed to each process| \(\d+ are allowed to each process\)"
+)
 # Words by which an error of another kind is known to come from a limit.
 REFUSALS: Mapping[str, tuple[str, ...]] = {
     "RLIMIT_AS": (
@@ -373,6 +377,8 @@ def _with_limit(context: Context, cause: Cause) -> Cause:
     location_text = f" {place_of(context, setter)}" if setter is not None else ""
     # The generic text about the notebook's own limit is replaced by the exact one.
     struck = cause.summary.partition(": the notebook's own code")[0]
+    # The limit of the run was not the one that refused.
+    struck = ALLOWED_BY_RUN.sub("", struck)
     summary = (
         f"{struck}; the notebook itself had limited its {meaning} to "
         f"{_amount(limit.name, limit.current_value)} ({limit.name}{location_text})"
@@ -469,19 +475,26 @@ def _with_trace(context: Context, cause: Cause) -> Cause:
     setter = _last(context.evidence.own_actions, lambda a: a.kind == "trace" and a.call == name)
     location_text = f" {place_of(context, setter)}" if setter is not None else ""
     often = "each line" if name == "sys.settrace" else "each call"
+    # A profiler that the running cell itself switched on (%%prun) is in use, not forgotten.
+    was_left_on = name in context.evidence.tracing
+    verb = "had left on" if was_left_on else "switched on"
     summary = (
-        f"{cause.summary}; a function that {name}(){location_text} had left on runs at "
+        f"{cause.summary}; a function that {name}(){location_text} {verb} runs at "
         f"{often} of Python code and slows it down"
     )
     facts = (
         *cause.evidence,
         inside(
-            "left on",
+            "left on" if was_left_on else "switched on",
             f"{name}{location_text}",
             "audit event, and the state at the start of the cell",
         ),
     )
-    advice = f"Turn it off when it is no longer needed: {name}(None). {cause.advice}"
+    advice = (
+        f"Turn it off when it is no longer needed: {name}(None). {cause.advice}"
+        if was_left_on
+        else f"{cause.advice} Without the profiler or tracer the cell is faster."
+    )
     return replace(cause, summary=summary, evidence=facts, advice=advice)
 
 

@@ -33,6 +33,8 @@ def waiting_text(observation: ActivityObservation, activity: Activity) -> str:
         return "it was running an event loop of asyncio, and the task that it waits for did not end"
     if waits_for_future(observation, activity):
         return "it was waiting for the result of a future"
+    if awaits(observation, activity):
+        return "it was awaiting a result that nothing delivered"
     return ""
 
 
@@ -52,10 +54,15 @@ def advice(observation: ActivityObservation, activity: Activity | None) -> str:
         )
     if waits_for_future(observation, activity):
         return (
-            "A coroutine cannot run on the notebook's own event loop "
-            "(asyncio.run_coroutine_threadsafe) while a cell blocks that loop to"
-            " wait for it: await it instead. Otherwise check the thread that should deliver the "
-            "result."
+            "Check the thread that should deliver the result: a task of a pool that waits for another "
+            "task of the same pool takes the thread that it needs. A coroutine on the notebook's own "
+            "event loop (asyncio.run_coroutine_threadsafe) cannot run while a cell blocks that loop: "
+            "await it instead."
+        )
+    if awaits(observation, activity):
+        return (
+            "Find the code that should set the future or event, put the item or end the task; await it "
+            "with a deadline (asyncio.wait_for)."
         )
     return ""
 
@@ -82,6 +89,11 @@ def waits_for_future(observation: ActivityObservation, activity: Activity | None
             _is_of(frame, FILES_OF_WORKERS) for stack in observation.threads for frame in stack
         )
     )
+
+
+def awaits(observation: ActivityObservation, activity: Activity | None) -> bool:
+    """Tell whether the cell awaits something while the loop that runs the cell is idle."""
+    return activity is Activity.WAITING_LOCK and observation.awaiting is not None
 
 
 def _inside_the_cell(stack: Sequence[Frame]) -> Iterator[Frame]:
