@@ -9,6 +9,7 @@ import socket
 
 from . import layout
 from .bodies import Bodies
+from .census import Census
 from .own_actions import OwnActions
 from .page import Page
 from .sources import line_of
@@ -58,6 +59,9 @@ class Inside:
         # The id of the error whose attributes were told.
         self.told_error = None
         self.actions = OwnActions(self)
+        # IPython's shell, from the first cell on.
+        self.shell = None
+        self.census = Census(self)
         self.write_text = None
         self.instrumented = []
         self.child = False

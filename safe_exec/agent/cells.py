@@ -43,6 +43,8 @@ def patch_shell(inside):
             line = line_of(source.line_map, first_line(code_obj))
             if line:
                 inside.at(line)
+                if not inside.child:
+                    inside.census.begin_statement(line)
         elif not inside.in_cell:
             inside.at(first_line(code_obj))
         coroutine = run_code(shell, code_obj, result, async_=async_)
@@ -107,6 +109,7 @@ def finish(inside):
     finally:
         inside.in_cell = False
         if not inside.child:
+            inside.census.end_cell()
             inside.page.note_counts()
             inside.page.finish()
 
@@ -197,3 +200,6 @@ def begin(inside, kernel, code):
     inside.actions.begin_cell()
     if page.cell == 1:
         inside.before_cells()
+        inside.shell = kernel.shell
+        inside.census.begin_cells()
+    inside.census.begin_cell()

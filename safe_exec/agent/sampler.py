@@ -30,6 +30,7 @@ def sample_forever(inside):
         frame = sys._current_frames().get(inside.main)
         rows = inside.frames(frame) if frame else []
         line = next((row[1] for row in rows if row[3] == cell), 0)
+        inside.census.sample(rows)
         awaiting = "" if line else awaited(inside, cell)
         if awaiting:
             rows, line = awaiting

@@ -16,6 +16,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from safe_exec._version import __version__
+from safe_exec.diagnosis.memory_use import memory_use
 from safe_exec.diagnosis.rules import Context, find_cause
 from safe_exec.diagnosis.rules.isolation import unexplained
 from safe_exec.model.ending import (
@@ -143,6 +144,7 @@ def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict
         notebook=info,
         cause=cause,
         crash_cell=crash_cell(result.ending, result.location, result.node),
+        memory=memory_use(context, cause),
         differences=result.ending.differences if isinstance(result.ending, OutputsDiffer) else (),
         cells=tuple(metrics.records.values()),
         limits=run.limits,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 
 from safe_exec.kernel.cell_code import CellCode, source_of
+from safe_exec.kernel.census_facts import CensusFacts
 from safe_exec.kernel.message_validation import bounded_size
 from safe_exec.kernel.own_actions import OwnActions
 from safe_exec.model.evidence import Frame, Raised
@@ -77,6 +78,7 @@ class AgentFacts:
         self.own_actions = OwnActions()
         self.failed_commands: list[FailedCommand] = []
         self.failed_command_count = 0
+        self.census = CensusFacts()
         self.raised: dict[int, deque[ReportedErrors]] = {}
         self.armed = True
         self._cells: dict[int, str] = {}
@@ -151,6 +153,8 @@ class AgentFacts:
             self.own_actions.take_tracing(fact)
         elif "failed_command" in fact:
             self._note_failed_command(fact)
+        elif "census" in fact:
+            self.census.take(fact)
         elif "armed" in fact:
             self.armed = bool(fact["armed"])
 

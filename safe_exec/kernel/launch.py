@@ -427,4 +427,5 @@ def inside_config(
         "message": None if cut is None else cut + MESSAGE_SLACK,
         "headless": headless,
         "strict_shell": strict_shell,
+        "memory": limits.memory,
     }

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from safe_exec.model.ending import CellError, ExitStatus, TerminationReason
 from safe_exec.model.limits import Count, Mechanism, RepositoryUse
+from safe_exec.model.memory import Census
 from safe_exec.model.observed import ChangedLimit, EndedChild, ObservedLock, ObservedProcess
 
 
@@ -392,6 +393,8 @@ class Evidence(Struct, frozen=True, kw_only=True):
     volumes: tuple[Volume, ...] = ()
     # The last output of a dead kernel, in order.
     final_output: tuple[OutputBurst, ...] = ()
+    # What held the kernel's memory, by the kernel's word, the earliest first.
+    censuses: tuple[Census, ...] = ()
 
 
 # The fields of the evidence that the kernel process says of itself: read outside, but written
@@ -410,4 +413,5 @@ CLAIMS = (
     "final_output",
     "handler_replaced",
     "printed",
+    "censuses",
 )

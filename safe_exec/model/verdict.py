@@ -12,6 +12,7 @@ from msgspec.structs import force_setattr
 from safe_exec.model.ending import OutputDifference
 from safe_exec.model.evidence import Frame, IsolationFacts
 from safe_exec.model.limits import Amount, Count, Enforcement, Isolation, LimitName, Limits, Wall
+from safe_exec.model.memory import MemoryUse
 
 VERDICT_SCHEMA = "safe-exec/verdict/1"
 MOST_SAMPLES = 500
@@ -335,6 +336,8 @@ class Verdict(
     cause: Cause | None
     crash_cell: CrashCell | None
     culprits: Culprits | None = None
+    # Only if memory was the cause, or nearly ran out.
+    memory: MemoryUse | None = None
     # Only with --compare: the cells whose outputs differ from the stored ones.
     differences: tuple[OutputDifference, ...] = ()
     cells: tuple[CellRecord, ...]

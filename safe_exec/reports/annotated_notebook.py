@@ -28,7 +28,7 @@ from safe_exec.model.verdict import (
 from safe_exec.notebook.notebook import BANNER_ROLE, BANNER_TAG, METADATA_KEY, OUR_ERROR_PREFIX
 from safe_exec.notebook.validate import complete_metadata
 from safe_exec.reports.json_text import plain
-from safe_exec.reports.text import common, culprits
+from safe_exec.reports.text import common, culprits, memory
 from safe_exec.reports.text.markdown import code_span, fenced, inert
 
 if TYPE_CHECKING:
@@ -234,6 +234,8 @@ def _traceback(source: str, verdict: Verdict) -> Iterator[str]:
         if crash is not None and difference.index == crash.index:
             lines = [common.printable(line) for line in difference.lines]
             yield from _block(common.one_line(difference.summary), lines)
+    yield from _block("Held by", memory.holder_lines(verdict))
+    yield from _block("Allocated", memory.allocation_lines(verdict))
     yield from _block("Evidence", common.evidence_lines(verdict))
     if verdict.cause is not None and verdict.cause.advice:
         yield f"{_BOLD}Next:{_PLAIN} {common.one_line(verdict.cause.advice)}"
@@ -293,11 +295,17 @@ def _paragraphs(verdict: Verdict) -> Iterator[str]:
         yield f"**Why:** {inert(verdict.cause.summary)}"
     if verdict.crash_cell is not None:
         yield from _location(verdict.crash_cell, verdict)
+    for title, lines in (
+        ("Held by", memory.holder_lines(verdict)),
+        ("Allocated", memory.allocation_lines(verdict)),
+    ):
+        if lines:
+            yield f"**{title}:**\n\n" + "\n".join(f"- {inert(line)}" for line in lines)
     if verdict.culprits is not None:
         yield from _culprit_paragraphs(verdict.culprits, verdict)
-    for title, lines in common.difference_blocks(verdict, _MOST_DIFFERENCES):
+    for title, difference_lines in common.difference_blocks(verdict, _MOST_DIFFERENCES):
         yield f"**Differs:** {inert(title)}" + (
-            f"\n\n{fenced(chr(10).join(lines))}" if lines else ""
+            f"\n\n{fenced(chr(10).join(difference_lines))}" if difference_lines else ""
         )
     facts = common.evidence_lines(verdict)
     if facts:

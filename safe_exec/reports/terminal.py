@@ -14,7 +14,7 @@ from typing import TextIO
 from msgspec import Struct
 
 from safe_exec.model.verdict import Status, Verdict
-from safe_exec.reports.text import common, culprits
+from safe_exec.reports.text import common, culprits, memory
 
 # The width of log files and CI consoles, which have no width of their own.
 _PLAIN_WIDTH = 110
@@ -111,6 +111,8 @@ def diagnosis(verdict: Verdict, style: Style) -> Iterator[str]:
     sign = style.paint("good", "✓") if passed else style.paint("bad", "✗")
     yield f"{sign} {style.paint('bold', common.headline(verdict))}"
     yield from _crash_line(verdict, style)
+    yield from _entry("held by", memory.holder_lines(verdict), style)
+    yield from _entry("allocated", memory.allocation_lines(verdict), style)
     yield from _culprits(verdict, style)
     yield from _differences(verdict, style)
     if verdict.cause is not None and not common.headline_has_summary(verdict):

@@ -113,6 +113,7 @@ def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellL
         conflicts=isolation_conflicts(state, ending, location),
         volumes=session.volumes.lowest() if session.volumes else (),
         final_output=final_output(session),
+        censuses=session.agent_facts.census.all(session.agent_facts.index_of),
     ), location
 
 

@@ -19,7 +19,7 @@ from safe_exec.model.verdict import Verdict
 from safe_exec.reports.batch import text as batch_text
 from safe_exec.reports.batch.results import BatchResult
 from safe_exec.reports.batch.text import NotebookReport, Outcome
-from safe_exec.reports.text import common, culprits
+from safe_exec.reports.text import common, culprits, memory
 
 if TYPE_CHECKING:
     from junitparser import TestCase, TestSuite
@@ -112,8 +112,9 @@ def _message(report: NotebookReport) -> str:
     culprit_cells = (
         f"caused by {culprits.names(search)}" if search is not None and search.cells else ""
     )
+    holder = memory.largest_holder(report.verdict) if report.verdict is not None else ""
     return common.SEPARATOR.join(
-        part for part in (batch_text.headline(report), culprit_cells) if part
+        part for part in (batch_text.headline(report), culprit_cells, holder) if part
     )
 
 

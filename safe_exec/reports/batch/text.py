@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from safe_exec.model.verdict import Status, Verdict
 from safe_exec.reports.batch.results import NOT_RUN, REFUSED, UNCHANGED, BatchResult, NotebookResult
-from safe_exec.reports.text import common, culprits
+from safe_exec.reports.text import common, culprits, memory
 from safe_exec.reports.verdict_json import from_document
 from safe_exec.units import format_seconds
 
@@ -134,6 +134,9 @@ def lines(report: NotebookReport, batch: BatchResult) -> Iterator[str]:
         return
     # Location before cause: most readers recognise the problem when they see the line.
     yield from _place(verdict)
+    holder = memory.largest_holder(verdict)
+    if holder:
+        yield holder
     yield from _culprits(verdict)
     if verdict.cause is not None:
         if not common.headline_has_summary(verdict):

@@ -74,6 +74,7 @@ CONTRACT_KEYS = [
     "cause",
     "crash_cell",
     "culprits",
+    "memory",
     "differences",
     "cells",
     "limits",

@@ -223,6 +223,7 @@
     const left = el("div", { class: "column wide" });
     const right = el("div", { class: "column" });
     if (detail.crash) left.append(part(`Code cell ${detail.crash.n}`, detail.crash.moment, codeBlock(detail.crash.source)));
+    if (detail.memory_use) left.append(...drawMemoryUse(detail.memory_use));
     if (detail.culprits) left.append(drawCulprits(detail.culprits));
     if (detail.advice) right.append(part("Next", "", el("p", { class: "advice" }, detail.advice)));
     if (detail.command) right.append(part("Reproduce", "", el("div", { class: "command" }, el("code", null, detail.command), copyButton(detail.command, "Copy the command to reproduce"))));
@@ -267,6 +268,21 @@
     );
     const more = culprits.cut ? el("p", { class: "note" }, `${counted(culprits.cut, "more cell")} not shown.`) : null;
     return part(culprits.names ? `Caused by ${culprits.names}` : "Culprits: none found", facts, cards.length ? el("ol", { class: "culprits" }, ...cards) : null, more);
+  };
+
+  const drawMemoryUse = (use) => {
+    const bar = (each, kind) => {
+      const level = el("span", { class: kind });
+      level.style.width = `${Math.max(each.share * 100, 0.5)}%`;
+      return el("li", null, el("p", null, el("code", null, each.name), " ", el("span", { class: "note" }, each.text)), el("span", { class: "level", "aria-hidden": "true" }, level));
+    };
+    const holders = use.holders.map((each) => bar(each, each.named ? "named" : "unnamed"));
+    const others = use.others.map((words) => el("p", { class: "note" }, words));
+    const lines = use.lines.map((each) => bar(each, "named"));
+    return [
+      holders.length ? part("Held by", "share of the peak", el("ol", { class: "bars" }, ...holders), ...others) : null,
+      lines.length ? part("Allocated", "share of the peak", el("ol", { class: "bars" }, ...lines)) : null,
+    ].filter(Boolean);
   };
 
   const drawEvidence = (evidence) =>

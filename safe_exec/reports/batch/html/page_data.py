@@ -17,7 +17,7 @@ from safe_exec.reports.batch import text as batch_text
 from safe_exec.reports.batch.results import BatchResult
 from safe_exec.reports.batch.source_map import Placed, placed, read_as_run
 from safe_exec.reports.batch.text import NotebookReport, Outcome
-from safe_exec.reports.text import common, culprits
+from safe_exec.reports.text import common, culprits, memory
 from safe_exec.units import format_seconds, format_size
 
 MOST_LINES = 300
@@ -26,6 +26,7 @@ LINE_WIDTH = 300
 USUAL_WIDTH = 60
 """The average length of a line from which fewer lines are shown."""
 MOST_CULPRITS = 20
+MOST_HOLDERS = 8
 MOST_CELLS = 300
 MOST_FRAMES = 50
 STDERR_WIDTH = 6000
@@ -206,6 +207,7 @@ def _failure(report: NotebookReport, verdict: Verdict) -> dict[str, Any]:
     data: dict[str, Any] = {
         "crash": _crash(crash, verdict, sources.get(crash.index)) if crash is not None else None,
         "culprits": _culprits(verdict, sources),
+        "memory_use": _memory_use(verdict),
         "stack": [common.frame_line(frame, verdict) for frame in crash.stack[:MOST_FRAMES]]
         if crash is not None
         else [],
@@ -270,6 +272,36 @@ def _culprits(verdict: Verdict, sources: dict[int, Placed]) -> dict[str, Any] | 
             for culprit in search.cells[-MOST_CULPRITS:]
         ],
         "cut": max(len(search.cells) - MOST_CULPRITS, 0),
+    }
+
+
+def _memory_use(verdict: Verdict) -> dict[str, Any] | None:
+    """Return the bars of the holders and of the lines that allocated, each a share of the peak."""
+    use = verdict.memory
+    if use is None or not use.peak_bytes:
+        return None
+    peak = use.peak_bytes
+    return {
+        "holders": [
+            {
+                "name": memory.holder_name(holder),
+                "text": memory.holder_detail(holder, exact=use.complete),
+                "share": round(holder.bytes / peak, 4),
+                "named": holder.name is not None,
+            }
+            for holder in use.holders[:MOST_HOLDERS]
+        ],
+        "others": memory.rest_lines(use),
+        "lines": [
+            {
+                "name": memory.site_name(line.code_index, line.line, line.function),
+                "text": common.SEPARATOR.join(
+                    part for part in (_size(size), memory.caller_names(line, callers)) if part
+                ),
+                "share": round(min(size / peak, 1.0), 4),
+            }
+            for line, size, callers in memory.by_line(use.lines)[:MOST_HOLDERS]
+        ],
     }
 
 

@@ -1,0 +1,281 @@
+"""Reports the variables that hold the kernel's memory, before it may be too late.
+
+A census lists the largest holders. It is taken at the end of a cell if the memory changed, and by
+the sampling thread when it comes closer to the limit: a kernel that the system kills cannot be
+asked. All of them together take at most one percent of the cells' time. The runner treats each
+figure as a claim.
+"""
+
+import _thread
+import os
+import resource
+import sys
+import time
+
+from .growth import Growth
+from .holders import Modules, figures, local_variables, outputs, tracebacks, variables
+from .library_objects import library_handlers
+from .object_sizes import OutOfTime, Residency, Walk
+from .summaries import describe
+
+SHARE_OF_TIME = 0.01
+LONGEST_SECONDS = 0.05
+# What a census may take before any cell earned it.
+FIRST_SECONDS = 0.002
+# A census in less time would see nothing.
+LEAST_SECONDS = 0.0003
+# Smaller changes of the memory are not worth a census.
+LEAST_CHANGE_BYTES = 8 << 20
+LEAST_CHANGE_SHARE = 0.03
+# The room that a census leaves below the limit: it takes some megabytes itself.
+ROOM_BYTES = 32 << 20
+MOST_HOLDERS = 20
+LEAST_HOLDER_BYTES = 256 << 10
+LONGEST_NAME = 100
+MOST_NAMES = 5000
+NEW_NAMES = 200
+# Since Python 3.13 a frame's variables can be read without a copy that keeps them alive.
+SAFE_LOCALS = sys.version_info >= (3, 13)
+# Memory without a holder from which on installed modules are looked at.
+LEAST_UNEXPLAINED_BYTES = 32 << 20
+# A trial that only looks for the holders has more time for each census.
+THOROUGH_SECONDS = 0.5
+
+
+class Census:
+    """The memory of one kernel: when to look, and who holds it."""
+
+    def __init__(self, inside):
+        self.inside = inside
+        self.namespace = None
+        self.residency = Residency()
+        self.clock = time.perf_counter
+        self.limit = inside.config.get("memory")
+        self.is_thorough = bool(inside.config.get("thorough"))
+        try:
+            self.statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self.statm = None
+        self.growth = Growth()
+        self.modules = None
+        self.first_bytes = None
+        self.lock = _thread.allocate_lock()
+        self.credit = FIRST_SECONDS
+        self.started = None
+        # At the last census, and at the last one between two cells.
+        self.last_bytes = None
+        self.settled_bytes = None
+        self.next_bytes = None
+        self.active = False
+        # Name -> number of the cell after which it was first there.
+        self.bindings = {}
+        self.last_holders = ()
+
+    def own_bytes(self):
+        """Return the memory of this process that no file holds; ``None`` if unknown."""
+        if self.statm is None:
+            return None
+        try:
+            fields = os.pread(self.statm, 200, 0).split()
+            return (int(fields[1]) - int(fields[2])) * resource.getpagesize()
+        except (OSError, ValueError, IndexError):
+            # The notebook has closed our descriptor.
+            self.statm = None
+            return None
+
+    def begin_cells(self):
+        """Record the state before the first cell."""
+        self.namespace = self.inside.shell.user_ns
+        self.bindings = dict.fromkeys(self.namespace, 0)
+        self.last_bytes = self.settled_bytes = self.own_bytes()
+        self.set_threshold()
+        self.growth.begin(self.last_bytes)
+        self.modules = Modules()
+        self.first_bytes = self.last_bytes
+        if self.last_bytes is not None:
+            self.inside.fact(
+                census=[],
+                cell=0,
+                total=0,
+                memory=self.last_bytes,
+                complete=True,
+                finished=True,
+                settled=True,
+                lines=[],
+            )
+
+    def begin_cell(self):
+        """Record when a cell began."""
+        self.started = self.clock()
+
+    def set_threshold(self):
+        """Choose the memory at which the sampling thread takes the next census."""
+        if self.limit is None or self.last_bytes is None:
+            self.next_bytes = None
+            return
+        remaining = self.limit - ROOM_BYTES - self.last_bytes
+        step = max(remaining // 2, ROOM_BYTES // 2)
+        self.next_bytes = self.last_bytes + step if remaining > 0 else None
+
+    def earn(self):
+        """Add the time since the last census to the budget."""
+        moment = self.clock()
+        if self.started is not None:
+            self.credit += (moment - self.started) * SHARE_OF_TIME
+            self.started = moment
+
+    def end_cell(self):
+        """Take a census after a cell if the memory changed."""
+        if self.started is None:
+            return
+        self.earn()
+        self.started = None
+        self.note_names()
+        current = self.own_bytes()
+        if current is None or self.settled_bytes is None:
+            return
+        with self.lock:
+            self.growth.charge(current)
+        # A census during the cell may have come before its result had a name.
+        change = abs(current - self.settled_bytes)
+        if change >= max(LEAST_CHANGE_BYTES, LEAST_CHANGE_SHARE * current):
+            if self.take(current, settled=True):
+                self.settled_bytes = current
+
+    def begin_statement(self, line):
+        """Charge the memory that the statement before allocated."""
+        # Without waiting: the sampling thread charges at the same moment.
+        if self.namespace is not None and self.lock.acquire(False):
+            try:
+                row = ("<module>", line, self.inside.page.cell)
+                self.growth.at_statement(self.own_bytes(), row)
+            finally:
+                self.lock.release()
+
+    def sample(self, rows):
+        """Charge growth to the running line; take a census if the memory came near the limit.
+
+        For the sampling thread.
+        """
+        if self.namespace is None:
+            return
+        current = self.own_bytes()
+        if current is None:
+            return
+        if self.lock.acquire(False):
+            try:
+                self.growth.at_sample(current, rows)
+            finally:
+                self.lock.release()
+        if self.next_bytes is not None and current >= self.next_bytes:
+            self.earn()
+            self.take(current)
+
+    def note_names(self):
+        """Record the names that the cell added: a dictionary keeps the order of insertion."""
+        cell, bindings = self.inside.page.cell, self.bindings
+        if self.namespace is None or len(bindings) >= MOST_NAMES:
+            return
+        try:
+            for number, name in enumerate(reversed(self.namespace)):
+                if name in bindings or number >= NEW_NAMES:
+                    break
+                bindings[name] = cell
+            for number in reversed(self.namespace.get("_oh", {})):
+                name = "Out[{}]".format(number)
+                if name in bindings:
+                    break
+                bindings[name] = cell
+        except (RuntimeError, TypeError):
+            # Another thread changed it, or the notebook replaced it.
+            return
+
+    def take(self, current, settled=False):
+        """Take a census and report it; false if the budget or the room does not allow one."""
+        seconds = THOROUGH_SECONDS if self.is_thorough else min(LONGEST_SECONDS, self.credit)
+        room = self.limit is None or current + ROOM_BYTES <= self.limit
+        if self.active or seconds < LEAST_SECONDS or not room:
+            return False
+        self.active = True
+        begin = time.thread_time()
+        try:
+            self.report(current, seconds, settled)
+        except Exception as error:
+            self.inside.fact(census_failed=type(error).__name__, cell=self.inside.page.cell)
+        finally:
+            self.credit -= time.thread_time() - begin
+            self.last_bytes = current
+            self.set_threshold()
+            self.active = False
+        return True
+
+    def report(self, current, seconds, settled):
+        """Measure the holders, and send the largest."""
+        walk = Walk(self.residency, seconds, library_handlers(), self.skipped())
+        rows = []
+        finished = self.measure(walk, self.roots(walk, settled), rows)
+        # Installed modules hold much only rarely, and are many: what is not looked at there counts
+        # like the interpreter.
+        unexplained = current - self.first_bytes - walk.total
+        if finished and (self.is_thorough or unexplained > LEAST_UNEXPLAINED_BYTES):
+            self.measure(walk, self.modules.variables(self.modules.installed), rows)
+        rows.sort(key=lambda row: -row[0])
+        self.inside.fact(
+            census=[self.holder(*row) for row in rows[:MOST_HOLDERS]],
+            cell=self.inside.page.cell,
+            total=walk.total,
+            memory=current,
+            complete=finished and walk.exact,
+            finished=finished,
+            settled=settled,
+            lines=self.growth.report(),
+        )
+        self.last_holders = [name for _, name, _, _ in rows[:MOST_HOLDERS]]
+
+    def measure(self, walk, roots, rows):
+        """Measure holders into rows; false if the time was over first."""
+        try:
+            for name, thing in roots:
+                try:
+                    walk.measure(thing, name)
+                finally:
+                    size = int(walk.partial)
+                    walk.total += size
+                    if size >= LEAST_HOLDER_BYTES:
+                        rows.append((size, name, thing, walk.object_bytes))
+        except (OutOfTime, RuntimeError):
+            # The second one: another thread changed the namespace.
+            return False
+        return True
+
+    def holder(self, size, name, thing, object_bytes):
+        """Return a row of the report."""
+        kind, summary = describe(thing, object_bytes)
+        return [name[:LONGEST_NAME], kind, size, summary, self.binding(name)]
+
+    def binding(self, name):
+        """Return the number of the cell that bound a name, 0 if unknown."""
+        cell = self.bindings.get(name)
+        if cell is None and name in self.namespace and len(self.bindings) < MOST_NAMES:
+            # The running cell bound it.
+            return self.inside.page.cell
+        return cell or 0
+
+    def skipped(self):
+        """Return the ids of objects that belong to nobody."""
+        shell = self.inside.shell
+        return [id(thing) for thing in (self.namespace, sys.modules, shell, self)] + [
+            id(thing) for thing in (self.inside, self.inside.page)
+        ]
+
+    def roots(self, walk, settled):
+        """Yield the holders' names and values, the likeliest first."""
+        namespace, modules = self.namespace, self.modules
+        modules.update()
+        yield from variables(walk, namespace, self.last_holders)
+        if not settled and (self.is_thorough or SAFE_LOCALS):
+            yield from local_variables(self.inside.main, namespace)
+        yield from outputs(namespace)
+        yield from tracebacks()
+        yield from figures()
+        yield from modules.variables(modules.own)

@@ -1,0 +1,81 @@
+"""Attributes the growth of the kernel's memory to the lines that ran meanwhile.
+
+A sample that finds more memory than the one before it charges the difference to the line that runs;
+the end of a top-level statement charges the rest to the statement. Memory that shrinks is taken from
+what grew last: temporary objects go first. So the lines with the most bytes are those whose memory
+is still there. The cost is one read of ``/proc/self/statm`` for each sample and statement.
+"""
+
+LEAST_BYTES = 128 << 10
+MOST_PIECES = 400
+MOST_FRAMES = 8
+MOST_LINES = 10
+
+
+class Growth:
+    """The pieces by which the memory grew, each with the frames of cells that ran, in order."""
+
+    def __init__(self):
+        self.last_bytes = None
+        self.pieces = []
+        self.frames = ()
+
+    def begin(self, current):
+        """Set the memory from which growth counts."""
+        self.last_bytes = current
+
+    def at_statement(self, current, row):
+        """Charge what the previous statement allocated, and set the statement that begins."""
+        self.charge(current)
+        self.frames = (row,)
+
+    def at_sample(self, current, rows):
+        """Charge the growth since the last sample to the running line."""
+        frames = tuple((name, line, cell) for name, line, _, cell in rows if cell)[:MOST_FRAMES]
+        if frames:
+            self.frames = frames
+        self.charge(current)
+
+    def charge(self, current):
+        """Charge a change of the memory to the current frames."""
+        if current is None or self.last_bytes is None:
+            return
+        change = current - self.last_bytes
+        if -LEAST_BYTES < change < LEAST_BYTES:
+            return
+        self.last_bytes = current
+        if change < 0:
+            self.release(-change)
+        elif self.pieces and self.pieces[-1][0] == self.frames:
+            self.pieces[-1][1] += change
+        else:
+            self.pieces.append([self.frames, change])
+            if len(self.pieces) > MOST_PIECES:
+                self.merge()
+
+    def release(self, size):
+        """Take memory from the pieces that came last."""
+        while size and self.pieces:
+            piece = self.pieces[-1]
+            part = min(size, piece[1])
+            piece[1] -= part
+            size -= part
+            if not piece[1]:
+                self.pieces.pop()
+
+    def by_frames(self):
+        """Return the bytes by frames."""
+        sums = {}
+        for frames, size in self.pieces:
+            sums[frames] = sums.get(frames, 0) + size
+        return sums
+
+    def merge(self):
+        """Join the pieces of the same frames; the largest stay if there are too many."""
+        sums = sorted(self.by_frames().items(), key=lambda item: -item[1])
+        self.pieces = [list(item) for item in sums[: MOST_PIECES // 2]][::-1]
+
+    def report(self):
+        """Return the largest rows: bytes, and the frames, innermost first."""
+        rows = sorted(self.by_frames().items(), key=lambda item: -item[1])
+        return [[size, list(frames)] for frames, size in rows[:MOST_LINES] if frames]
