@@ -85,6 +85,12 @@ IN_THREAD = (
     "a thread that a library"
     " starts has a setting of its own for that."
 )
+# Packages of the kernel itself: sound code, which fails only in memory that others damaged.
+OF_KERNEL = ("ipykernel", "zmq", "tornado", "asyncio", "traitlets", "jupyter_client", "IPython")
+DAMAGED_EARLIER = (
+    "Look at native code that ran earlier (ctypes, an extension, compiled code): it most likely wrote "
+    "past the end of its memory or freed it twice, and the kernel met the damage only here."
+)
 
 
 def stack_overflow(context: Context) -> Cause | None:
@@ -221,7 +227,21 @@ def fault(context: Context) -> Cause | None:
         # Without the failing address an overflow cannot be told from another fault: large frames
         # jump over the last part of the stack, so that it looks far from full.
         confidence = Confidence.LIKELY
-    return make(context, kind, summary, confidence, facts, ADVICE[kind])
+    advice = ADVICE[kind]
+    if kind in (CauseKind.SEGFAULT, CauseKind.ABORT) and _in_kernel_itself(evidence.fault):
+        summary += "; no code of the notebook was running"
+        advice = DAMAGED_EARLIER
+    return make(context, kind, summary, confidence, facts, advice)
+
+
+def _in_kernel_itself(fault: FaultReport | None) -> bool:
+    """Tell whether the main thread failed in the kernel's own code, outside any cell."""
+    if fault is None or fault.main is False or not fault.stack:
+        return False
+    if any(frame.cell is not None for frame in fault.stack):
+        return False
+    parts = (fault.stack[0].file or "").split("/")
+    return any(package in parts for package in OF_KERNEL)
 
 
 def _died_of(context: Context, signals: tuple[int, ...]) -> bool:

@@ -1332,6 +1332,32 @@ def test_the_reason_of_a_fatal_error_in_python_is_shown_rather_than_what_was_pri
     )
 
 
+@pytest.mark.parametrize(
+    ("frames", "main", "outside_cells"),
+    [
+        ((Frame(function="send", line=713, file="/v/zmq/sugar/socket.py"),), True, True),
+        (
+            (
+                Frame(function="send", line=713, file="/v/zmq/sugar/socket.py"),
+                Frame(function="<module>", line=1, file="x", cell=3),
+            ),
+            True,
+            False,
+        ),
+        ((Frame(function="send", line=713, file="/v/zmq/sugar/socket.py"),), False, False),
+        ((Frame(function="run", line=1, file="/v/numpy/core.py"),), True, False),
+        ((), True, False),
+    ],
+)
+def test_a_crash_in_the_kernel_s_own_code_points_to_native_code_that_ran_before(
+    frames: tuple[Frame, ...], main: bool, outside_cells: bool
+) -> None:
+    report = FaultReport(title="Segmentation fault", stack=frames, main=main)
+    cause = of(dead("segfault", by(11), K.SEGFAULT, fault=report))
+    assert cause.summary.endswith("no code of the notebook was running") is outside_cells
+    assert ("ran earlier" in cause.advice) is outside_cells
+
+
 def test_cells_that_fill_the_memory_are_named() -> None:
     cells = tuple(
         CellRecord(index=n, code_index=n - 1, id=None, status=CellStatus.PASSED, memory_kept=kept)
