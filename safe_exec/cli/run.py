@@ -136,6 +136,12 @@ WALL_OPTIONS = (
     "--mechanisms", metavar="NAME,...", help=f"Use only these mechanisms: {', '.join(CHOOSABLE)}."
 )
 @click.option(
+    "--locals",
+    "with_locals",
+    is_flag=True,
+    help="Show local variables in the native stack of a crash; secrets are masked.",
+)
+@click.option(
     "--bisect",
     type=click.Choice([choice.value for choice in Bisect]),
     default=Bisect.AUTO.value,
@@ -220,6 +226,7 @@ def job_of(notebook: Path, options: Mapping[str, Any], *, lenient: bool = False)
         kernel=options["kernel"],
         cwd=options["cwd"],
         allow_errors=options["allow_errors"],
+        with_locals=options.get("with_locals", False),
         require=options["require"],
         mechanisms=None
         if mechanisms is None

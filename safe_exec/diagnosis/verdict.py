@@ -32,7 +32,7 @@ from safe_exec.model.ending import (
     TimedOut,
     signal_name,
 )
-from safe_exec.model.evidence import CellLocation, Frame
+from safe_exec.model.evidence import CellLocation, FaultReport, Frame, NativeFrame
 from safe_exec.model.limits import Isolation, Limits
 from safe_exec.model.verdict import (
     Cause,
@@ -64,6 +64,8 @@ STATUS_OF: Mapping[type[Any], Status] = {
 
 # Enough for a traceback; the whole output is in the annotated notebook.
 STDERR_TAIL = 4000
+# Of a local variable.
+LONGEST_VALUE = 200
 _PLUMBING = re.compile(r"/(?:IPython|ipykernel|decorator)/|/decorator\.py$")
 
 
@@ -143,8 +145,8 @@ def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict
         status=STATUS_OF[type(result.ending)],
         notebook=info,
         cause=cause,
-        crash_cell=crash_cell(result.ending, result.location, result.node),
         memory=memory_use(context, cause),
+        crash_cell=crash_cell(result.ending, result.location, result.node, evidence.fault),
         differences=result.ending.differences if isinstance(result.ending, OutputsDiffer) else (),
         cells=tuple(metrics.records.values()),
         limits=run.limits,
@@ -204,7 +206,9 @@ def _language(node: Any) -> str | None:
     return str(name) if name else None
 
 
-def crash_cell(ending: Ending, location: CellLocation | None, node: Any) -> CrashCell | None:
+def crash_cell(
+    ending: Ending, location: CellLocation | None, node: Any, fault: FaultReport | None = None
+) -> CrashCell | None:
     """Return the cell that was running at the failure, with its line if it is known."""
     # Some endings have no cell: a failed start, for example.
     index = getattr(ending, "cell", None)
@@ -225,7 +229,17 @@ def crash_cell(ending: Ending, location: CellLocation | None, node: Any) -> Cras
         stack=tuple(_with_source(frame, node) for frame in without_plumbing(location.stack))
         if location is not None
         else (),
+        native=tuple(_of_native(frame, node) for frame in fault.native) if fault else (),
+        native_error=fault.native_error if fault is not None else None,
     )
+
+
+def _of_native(frame: NativeFrame, node: Any) -> NativeFrame:
+    """Add the text of its line to a Python frame of a native stack, and cut its variables."""
+    if frame.python is None:
+        return frame
+    variables = {name: value[:LONGEST_VALUE] for name, value in frame.locals.items()}
+    return replace(frame, python=_with_source(frame.python, node), locals=variables)
 
 
 def without_plumbing(stack: tuple[Frame, ...]) -> tuple[Frame, ...]:

@@ -4,7 +4,8 @@ A dying kernel waits for the keeper. The fault handler writes to a stream socket
 is as small as Linux allows, so it blocks after a few short writes until the keeper reads. When the
 first byte arrives, the process still has its stack: /proc shows how far the main thread's stack had
 grown, and the registers at the fault can be read (``signal_frame``). Both tell a stack overflow
-from another segmentation fault. Standard library only.
+from another segmentation fault. If the runner wants to read its native stack, the process is held
+there for a moment longer. Standard library only.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 import time
 from collections.abc import Callable
 
 from safe_exec.keeper import procfs, signal_frame
-from safe_exec.keeper.protocol import ProcessAtFault
+from safe_exec.keeper.protocol import FaultingThread, ProcessAtFault
 
 TAIL_BYTES = 64 * 1024
 FAULT_BYTES = 256 * 1024
@@ -35,16 +37,22 @@ PIECE = 65536
 class CrashOutput:
     """Reads the kernel's stderr and fault socket.
 
-    ``on_fault`` is called with each piece of a fault report of a living process. Parameters named
+    ``on_fault`` is called with each piece of a fault report of a living process, ``on_hold`` once
+    with the state of a dying process that is held until ``release``. Parameters named
     ``living_pid`` are the kernel's process id, ``None`` after its end.
     """
 
-    def __init__(self, on_fault: Callable[[str], None]) -> None:
+    def __init__(
+        self, on_fault: Callable[[str], None], on_hold: Callable[[FaultingThread], None]
+    ) -> None:
         self.tail = b""
         self.bursts: list[tuple[float, bytes]] = []
         self.fault_text = b""
         self.process_at_fault: ProcessAtFault | None = None
+        self.hold_seconds = 0.0
+        self._hold: tuple[int, float] | None = None
         self._on_fault = on_fault
+        self._on_hold = on_hold
         self._stderr = -1
         self._fault: socket.socket | None = None
         self._kernel_end: socket.socket | None = None
@@ -66,8 +74,8 @@ class CrashOutput:
         return stderr, fault
 
     def sources(self) -> tuple[int, ...]:
-        """Return the open descriptors of stderr and of the fault socket."""
-        fault = self._fault.fileno() if self._fault else -1
+        """Return the descriptors to read: stderr, and the fault socket of a process not held."""
+        fault = self._fault.fileno() if self._fault and self._hold is None else -1
         return tuple(fd for fd in (self._stderr, fault) if fd >= 0)
 
     def read(self, fd: int, living_pid: int | None) -> None:
@@ -79,6 +87,7 @@ class CrashOutput:
 
     def read_rest(self) -> None:
         """Read everything that a dead process has written."""
+        self._hold = None
         self._close_kernel_end()
         while self._fault is not None and self.read_fault(None):
             pass
@@ -107,12 +116,14 @@ class CrashOutput:
         self.bursts = [*self.bursts, (time_read, data[-BURST_BYTES:])][-BURSTS:]
 
     def read_fault(self, living_pid: int | None) -> bool:
-        """Read from the fault handler; false if there was nothing."""
+        """Read from the fault handler; false if there was nothing, or the process is held."""
         assert self._fault is not None
         try:
             # Inspect a dying process first: it is blocked only until its buffer is read.
             if living_pid is not None and FATAL in self._fault.recv(PIECE, socket.MSG_PEEK):
                 self._inspect(living_pid)
+                if self._hold is not None:
+                    return False
             data = self._fault.recv(PIECE) + self._read_following()
         except BlockingIOError:
             return False
@@ -129,8 +140,8 @@ class CrashOutput:
         return True
 
     def _inspect(self, pid: int) -> None:
-        """Record the state of a process at its fault, then let it write the rest at once."""
-        if self._kernel_end is None:
+        """Record the state of a process at its fault, and hold it if somebody waits for that."""
+        if self._kernel_end is None or self.process_at_fault is not None:
             return
         inode = os.fstat(self._kernel_end.fileno()).st_ino
         self.process_at_fault = ProcessAtFault(
@@ -139,6 +150,31 @@ class CrashOutput:
             stack_limit=procfs.soft_limit(pid, "Max stack size"),
             thread=signal_frame.read(pid, inode, self._dump_signal),
         )
+        thread = self.process_at_fault.thread
+        if self.hold_seconds and thread is not None:
+            # Its other threads must not run meanwhile: the fault handler has begun to follow their
+            # stacks.
+            procfs.signal_one(pid, signal.SIGSTOP)
+            self._hold = (pid, time.monotonic() + self.hold_seconds)
+            self._on_hold(thread)
+        else:
+            self._let_write()
+
+    def hold_remaining(self) -> float | None:
+        """Return the seconds for which a dying process is still held, ``None`` if none is."""
+        return None if self._hold is None else max(0.0, self._hold[1] - time.monotonic())
+
+    def release(self) -> None:
+        """Let a held process write its report and die."""
+        if self._hold is not None:
+            pid, _ = self._hold
+            self._hold = None
+            self._let_write()
+            procfs.signal_one(pid, signal.SIGCONT)
+
+    def _let_write(self) -> None:
+        """Let a dying process write the rest of its report at once."""
+        assert self._kernel_end is not None
         # The fault handler follows the stacks of threads that may still run. The longer it is held
         # up among them, the likelier one changes under it and it crashes itself: seen once in 15
         # deaths on a busy machine. With a large buffer it finishes at once.

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import select
 import signal
@@ -36,11 +37,12 @@ from safe_exec.keeper import bwrap, cgroupfs, child, file_tree, mounts, procfs, 
 from safe_exec.keeper.bwrap import Bubblewrap, ChildEnds
 from safe_exec.keeper.child import SetupFailed
 from safe_exec.keeper.crash_output import CrashOutput
-from safe_exec.keeper.protocol import CgroupSetup, LimitedDisk, Spawn
+from safe_exec.keeper.protocol import CgroupSetup, FaultingThread, LimitedDisk, Spawn
 
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
+PR_SET_PTRACER = 0x59616D61
 KILL_SECONDS = 5.0
 # Stacks are dumped from this share of the memory limit on.
 NEAR = 0.85
@@ -72,7 +74,7 @@ class Keeper:
         self.exited = False
         self.caught_signals: int | None = None
         self.reason: str | None = None
-        self.crash_output = CrashOutput(self.send_fault)
+        self.crash_output = CrashOutput(self.send_fault, self.send_dying)
         self.dumped_share = 0.0
         self.made_cgroups: list[str] = []
         self.orphaned = True
@@ -99,6 +101,16 @@ class Keeper:
     def send_fault(self, text: str) -> None:
         """Forward a piece of a fault report."""
         self.send(protocol.Fault(text=text, at=time.monotonic()))
+
+    def send_dying(self, thread: FaultingThread) -> None:
+        """Report a fatal fault whose process is held."""
+        self.send(
+            protocol.Dying(
+                task=thread.task,
+                instruction=thread.instruction,
+                stack_pointer=thread.stack_pointer,
+            )
+        )
 
     def receive(self) -> list[protocol.ToKeeper] | None:
         """Return the requests that have arrived, ``None`` at the end of the socket."""
@@ -221,7 +233,7 @@ class Keeper:
             for fd in sources - registered:
                 poller.register(fd, select.POLLIN)
             registered = sources
-            for fd, _ in poller.poll(self.check_memory()):
+            for fd, _ in poller.poll(self.next_check_ms()):
                 if fd == self.control.fileno() and not self.serve():
                     return
                 if fd == self.wake_r:
@@ -230,6 +242,18 @@ class Keeper:
                     self.crash_output.read(fd, self.living_pid)
                 elif fd in self.status_sources():
                     self.read_kernel_ending()
+
+    def next_check_ms(self) -> int | None:
+        """Carry out what is due, and return the milliseconds until more is."""
+        memory_check = self.check_memory()
+        remaining = self.crash_output.hold_remaining()
+        if remaining is None:
+            return memory_check
+        if remaining == 0.0:
+            self.crash_output.release()
+            return 0
+        hold_end = math.ceil(remaining * 1000)
+        return hold_end if memory_check is None else min(hold_end, memory_check)
 
     def status_sources(self) -> tuple[int, ...]:
         """The socket on which the init inside bubblewrap reports the kernel's end."""
@@ -274,6 +298,10 @@ class Keeper:
             self.kill(request.reason)
         elif isinstance(request, protocol.Note):
             self.note = request.path
+        elif isinstance(request, protocol.HoldAtFault):
+            self.crash_output.hold_seconds = request.seconds
+        elif isinstance(request, protocol.ReadOn):
+            self.crash_output.release()
         elif isinstance(request, protocol.AddCleanup) and self.plan is not None:
             self.plan = self.plan._replace(cleanup_if_runner_dies=request.cleanup_if_runner_dies)
 
@@ -533,6 +561,10 @@ def _run_child(
         for path in plan.cgroup.joins if bubblewrap is None else ():
             cgroupfs.write(path, "0")
         _die_with_keeper(keeper_pid)
+        if plan.tracer is not None:
+            # Under Yama a process is traced by its ancestors only (ptrace_scope 1), unless it
+            # names another. The relation survives execve(2). Elsewhere this call fails.
+            ctypes.CDLL(None).prctl(PR_SET_PTRACER, plan.tracer)
         if bubblewrap is not None:
             bubblewrap.execute(command, ends)
         argv, _ = child.place_descriptors(command.argv, ends.stderr, ends.kernel)

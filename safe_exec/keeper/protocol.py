@@ -93,9 +93,10 @@ class FaultingThread(NamedTuple):
     ``faulted`` is false if the signal was sent, or if a division failed, which leaves no mark in
     the registers: ``divides`` is true if the instruction is a division. ``stack`` is the range of
     addresses of the mapping that holds the stack, ``address_access`` the permissions at the failing
-    address, as in /proc/PID/maps.
+    address, as in /proc/PID/maps. ``task`` is the thread's id as seen from outside.
     """
 
+    task: int
     main: bool
     faulted: bool
     divides: bool
@@ -147,12 +148,13 @@ class Spawn(NamedTuple):
     ``descriptor_names`` are the place holders for them in the command. ``stack_before`` are the
     reasons for which a kernel is asked for its stack before it is killed. ``owner`` gets the
     runtime directory. ``directories`` are removed with the sandbox, ``cleanup_if_runner_dies`` only
-    after the runner's death.
+    after the runner's death. The kernel may be traced by descendants of ``tracer``.
     """
 
     command: KernelCommand
     descriptor_names: tuple[str, ...] = ()
     dump_signal: int | None = None
+    tracer: int | None = None
     stack_before: tuple[str, ...] = ()
     cgroup: CgroupSetup = CgroupSetup()
     mounts: tuple[dict[str, str], ...] = ()
@@ -181,6 +183,16 @@ class AddCleanup(NamedTuple):
     """Directories to remove if the runner dies, in place of those of ``Spawn``."""
 
     cleanup_if_runner_dies: tuple[str, ...]
+
+
+class HoldAtFault(NamedTuple):
+    """Hold a dying kernel at its fault until ``ReadOn``, but no longer than these seconds."""
+
+    seconds: float
+
+
+class ReadOn(NamedTuple):
+    """Let a held kernel die."""
 
 
 class Finish(NamedTuple):
@@ -217,6 +229,17 @@ class Fault(NamedTuple):
 
     text: str
     at: float
+
+
+class Dying(NamedTuple):
+    """A fatal report has begun in this thread, and the keeper holds the process.
+
+    ``task`` is its id as seen from outside, ``instruction`` the address at which it was stopped.
+    """
+
+    task: int
+    instruction: int
+    stack_pointer: int
 
 
 class SignalReceived(NamedTuple):
@@ -270,9 +293,18 @@ class CleanupResult(NamedTuple):
     remaining_paths: tuple[str, ...] = ()
 
 
-ToKeeper = Note | Spawn | SendSignal | Kill | AddCleanup | Finish
+ToKeeper = Note | Spawn | SendSignal | Kill | AddCleanup | HoldAtFault | ReadOn | Finish
 ToRunner = (
-    Ready | Spawned | Failed | Fault | SignalReceived | Trouble | Exited | Discarded | CleanupResult
+    Ready
+    | Spawned
+    | Failed
+    | Fault
+    | Dying
+    | SignalReceived
+    | Trouble
+    | Exited
+    | Discarded
+    | CleanupResult
 )
 
 TO_KEEPER: Mapping[str, type[ToKeeper]] = {
@@ -281,6 +313,8 @@ TO_KEEPER: Mapping[str, type[ToKeeper]] = {
     "signal": SendSignal,
     "kill": Kill,
     "add_cleanup": AddCleanup,
+    "hold_at_fault": HoldAtFault,
+    "read_on": ReadOn,
     "finish": Finish,
 }
 TO_RUNNER: Mapping[str, type[ToRunner]] = {
@@ -288,6 +322,7 @@ TO_RUNNER: Mapping[str, type[ToRunner]] = {
     "spawned": Spawned,
     "failed": Failed,
     "fault": Fault,
+    "dying": Dying,
     "signal": SignalReceived,
     "trouble": Trouble,
     "exited": Exited,

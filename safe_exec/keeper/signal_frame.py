@@ -139,7 +139,7 @@ def _read_thread(pid: int, task: int, handler_sp: int) -> FaultingThread | None:
         machine_code = _machine_code(file.fileno(), registers.instruction)
     with open(f"/proc/{pid}/maps", errors="replace") as maps:
         mappings = parse_maps(maps.read(MAPS_BYTES))
-    return describe(registers, mappings, main=task == pid, machine_code=machine_code)
+    return describe(registers, mappings, pid=pid, task=task, machine_code=machine_code)
 
 
 def _machine_code(memory: int, address: int) -> bytes:
@@ -225,9 +225,14 @@ def divides(machine_code: bytes) -> bool:
 
 
 def describe(
-    registers: Registers, mappings: list[Mapping], *, main: bool, machine_code: bytes = b""
+    registers: Registers,
+    mappings: list[Mapping],
+    *,
+    pid: int,
+    task: int,
+    machine_code: bytes = b"",
 ) -> FaultingThread:
-    """Return the registers together with the mappings that they point into.
+    """Return the registers of a thread together with the mappings that they point into.
 
     ``stack`` is the writable mapping that holds the stack pointer, or the next one above it: a
     stack grows downwards, so after an overflow its own mapping lies above the pointer.
@@ -239,7 +244,8 @@ def describe(
     code = next((m for m in mappings if m.low <= registers.instruction < m.high), None)
     target = next((m for m in mappings if address is not None and m.low <= address < m.high), None)
     return FaultingThread(
-        main=main,
+        task=task,
+        main=task == pid,
         faulted=registers.faulted,
         divides=MACHINE == "x86_64" and divides(machine_code),
         address=address,

@@ -9,6 +9,7 @@ import socket
 import string
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec as find_spec_of_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -314,6 +315,11 @@ def spawn(
     return channels, instrumented
 
 
+def has_pystack() -> bool:
+    """Whether pystack is installed, so that native stacks can be read."""
+    return sys.platform == "linux" and find_spec_of_module("pystack") is not None
+
+
 def await_kernel(sandbox: Sandbox, channels: AgentChannels) -> None:
     """Wait until the kernel's command has been executed.
 
@@ -370,6 +376,8 @@ def begin_spawn(
             walls=WallSetup() if enclosure is None else enclosure.setup,
             pass_fds={**(channels.pass_fds if wrapped else {}), **(streams or {})},
             dump_signal=int(layout.DUMP_SIGNAL) if wrapped else None,
+            # The process that reads the native stack of a crash is our child.
+            tracer=os.getpid() if wrapped and has_pystack() else None,
             discarded=discarded,
         )
     except SafeExecError:

@@ -22,8 +22,8 @@ from jupyter_client.manager import AsyncKernelManager
 from safe_exec.agent import layout
 from safe_exec.errors import KernelMissingError, KernelStartError
 from safe_exec.keeper import procfs
-from safe_exec.keeper.protocol import CleanupResult
-from safe_exec.kernel import fault_report
+from safe_exec.keeper.protocol import CleanupResult, Dying
+from safe_exec.kernel import fault_report, native_stack
 from safe_exec.kernel.activity import ObservedKernel
 from safe_exec.kernel.agent_facts import AgentFacts
 from safe_exec.kernel.channel import Channel
@@ -37,6 +37,7 @@ from safe_exec.kernel.launch import (
     LaunchedKernel,
     extra_arguments,
     find_spec,
+    has_pystack,
     launch,
     speaks_ipc,
 )
@@ -102,7 +103,12 @@ class KernelSession:
         on_limit: Callable[[LimitName, float], None],
         strict_shell: bool = False,
         answers: InputAnswers | None = None,
+        reads_native: bool = False,
+        with_locals: bool = False,
     ) -> None:
+        self._reads_native, self._with_locals = reads_native, with_locals
+        self.native: native_stack.NativeReading | None = None
+        self._native_task: asyncio.Task[None] | None = None
         self.limits, self.plan, self.run_id = limits, plan, run_id
         self._on_limit = on_limit
         self._strict_shell = strict_shell
@@ -246,6 +252,8 @@ class KernelSession:
         )
         loop = asyncio.get_running_loop()
         self.sandbox.on_exit = self._on_exit
+        if self._reads_native:
+            self._prepare_native()
         if self.sandbox.exit is not None:
             self._on_exit(self.sandbox.exit)
         loop.add_reader(self.sandbox.fileno(), self._pump)
@@ -255,6 +263,26 @@ class KernelSession:
         watchdog = self.provisioner.watchdog
         tree = watchdog.tree if watchdog is not None else None
         self.meter = Meter(self.plan, self.sandbox.keeper_pid, self.sandbox.kernel_pid, tree)
+
+    def _prepare_native(self) -> None:
+        """Have the kernel held at a fatal fault, if its native stack can be read then."""
+        assert self.sandbox is not None
+        if has_pystack():
+            self.sandbox.hold_at_fault(native_stack.BUDGET_SECONDS, self._on_dying)
+        else:
+            self.native = native_stack.NativeReading(error=native_stack.MISSING)
+
+    def _on_dying(self, dying: Dying) -> None:
+        # Replaced by the result; if the keeper lets the process die first, that is the result.
+        self.native = native_stack.NativeReading(error=native_stack.TOO_SLOW)
+        self._native_task = asyncio.get_running_loop().create_task(self._read_native(dying))
+
+    async def _read_native(self, dying: Dying) -> None:
+        assert self.sandbox is not None and self.pid is not None
+        try:
+            self.native = await native_stack.read(self.pid, dying, with_locals=self._with_locals)
+        finally:
+            self.sandbox.read_on()
 
     def _pump(self) -> None:
         assert self.sandbox is not None
@@ -609,6 +637,8 @@ class KernelSession:
         if self._closed:
             return
         self._closed = True
+        if self._native_task is not None:
+            self._native_task.cancel()
         loop = asyncio.get_running_loop()
         # First the watchdogs: they could misread the dying processes.
         if self.provisioner is not None:

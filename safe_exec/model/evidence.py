@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from safe_exec.model.ending import CellError, ExitStatus, TerminationReason
 from safe_exec.model.limits import Count, Mechanism, RepositoryUse
@@ -23,6 +24,23 @@ class Frame(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     cell: Count | None = None
     # The text of the line, if the notebook is available.
     source_line: str | None = None
+
+
+class NativeFrame(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One frame of a native stack: of a C function, or of Python code that C functions called."""
+
+    # None if no symbol is known for the address.
+    function: str | None
+    # The path of the file that holds the function.
+    library: str | None = None
+    # The version of the package or of the C library that the file belongs to.
+    version: str | None = None
+    # The offset of the address from the beginning of the library in memory, for addr2line.
+    offset: Count | None = None
+    # Only for Python code.
+    python: Frame | None = None
+    # The representations of the frame's local variables; only with --locals.
+    locals: Mapping[str, str] = field(default_factory=dict)
 
 
 class FaultSite(Struct, frozen=True, kw_only=True):
@@ -55,6 +73,10 @@ class FaultReport(Struct, frozen=True, kw_only=True):
     stack_bytes: int | None = None
     stack_limit: int | None = None
     site: FaultSite | None = None
+    # The native stack of the thread that faulted, and the reason if it could not be read. Both are
+    # empty if nobody tried to read it.
+    native: tuple[NativeFrame, ...] = ()
+    native_error: str | None = None
 
 
 class CellLocation(Struct, frozen=True, kw_only=True):

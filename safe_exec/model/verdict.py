@@ -10,7 +10,7 @@ from msgspec import Meta, Struct, field
 from msgspec.structs import force_setattr
 
 from safe_exec.model.ending import OutputDifference
-from safe_exec.model.evidence import Frame, IsolationFacts
+from safe_exec.model.evidence import Frame, IsolationFacts, NativeFrame
 from safe_exec.model.limits import Amount, Count, Enforcement, Isolation, LimitName, Limits, Wall
 from safe_exec.model.memory import MemoryUse
 
@@ -158,6 +158,10 @@ class CrashCell(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     line: Line | None
     source_line: str | None
     stack: tuple[Frame, ...] = ()
+    # The native stack of the thread that faulted, innermost frame first.
+    native: tuple[NativeFrame, ...] = ()
+    # Why the native stack of a crash could not be read.
+    native_error: str | None = None
 
 
 class CellStatus(StrEnum):

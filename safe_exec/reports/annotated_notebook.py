@@ -28,7 +28,7 @@ from safe_exec.model.verdict import (
 from safe_exec.notebook.notebook import BANNER_ROLE, BANNER_TAG, METADATA_KEY, OUR_ERROR_PREFIX
 from safe_exec.notebook.validate import complete_metadata
 from safe_exec.reports.json_text import plain
-from safe_exec.reports.text import common, culprits, memory
+from safe_exec.reports.text import common, culprits, memory, native
 from safe_exec.reports.text.markdown import code_span, fenced, inert
 
 if TYPE_CHECKING:
@@ -230,6 +230,7 @@ def _traceback(source: str, verdict: Verdict) -> Iterator[str]:
         yield from _block(
             "Stack, innermost first", [common.frame_line(frame, verdict) for frame in crash.stack]
         )
+        yield from _block("Native stack, innermost first", native.stack_lines(verdict))
     for difference in verdict.differences:
         if crash is not None and difference.index == crash.index:
             lines = [common.printable(line) for line in difference.lines]
@@ -333,6 +334,8 @@ def _location(crash: CrashCell, verdict: Verdict) -> Iterator[str]:
                 else f"{code_span(common.one_line(frame.function))}, "
             )
             yield _quoted(f"in {function}{_linked(record)}, line {frame.line}", frame.source_line)
+    if native_function := native.summary(verdict):
+        yield f"**Native:** {code_span(native_function)}"
 
 
 def _quoted(label: str, source_line: str | None) -> str:

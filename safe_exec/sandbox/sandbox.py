@@ -144,6 +144,7 @@ class Sandbox:
         self._is_ending = False
         self.kill_reason: TerminationReason | None = None
         self.on_exit: Callable[[KernelExit], None] | None = None
+        self.on_dying: Callable[[protocol.Dying], None] | None = None
 
     def fileno(self) -> int:
         """The descriptor of the keeper's socket; readable if there are messages to process."""
@@ -160,13 +161,14 @@ class Sandbox:
         cwd: str,
         pass_fds: Mapping[str, int],
         dump_signal: int | None = None,
+        tracer: int | None = None,
         walls: WallSetup | None = None,
         discarded: Sequence[DiscardedPlace] = (),
     ) -> None:
         """Ask the keeper to spawn the kernel; ``await_kernel`` waits for it.
 
         ``{name}`` in ``argv`` becomes the descriptor number of that name in ``pass_fds``, as the
-        kernel sees it. ``discarded`` are places, in addition to those of the ``walls``, whose files
+        kernel sees it. Descendants of ``tracer`` may trace the kernel. ``discarded`` are places, in addition to those of the ``walls``, whose files
         are listed before they disappear. Raises SandboxError if the keeper did not start.
         """
         self.wait_ready()
@@ -184,6 +186,7 @@ class Sandbox:
             ),
             descriptor_names=tuple(pass_fds),
             dump_signal=dump_signal,
+            tracer=tracer,
             stack_before=tuple(reason.value for reason in STACK_BEFORE),
             cgroup=plan.cgroup_setup(),
             mounts=tuple(dict(mount) for mount in plan.mounts),
@@ -226,6 +229,18 @@ class Sandbox:
             self._undo = {**self._undo, "orphans": list(directories)}
             stale_runs.renew_note(self._note, self._undo)
             self._send(protocol.AddCleanup(cleanup_if_runner_dies=tuple(directories)))
+
+    def hold_at_fault(self, seconds: float, on_dying: Callable[[protocol.Dying], None]) -> None:
+        """Have a kernel held for at most these seconds when it reports a fatal fault.
+
+        ``on_dying`` is called then, and ``read_on`` ends the hold.
+        """
+        self.on_dying = on_dying
+        self._send(protocol.HoldAtFault(seconds=seconds))
+
+    def read_on(self) -> None:
+        """Let a held kernel write its report and die."""
+        self._send(protocol.ReadOn())
 
     def _write_note(self, plan: SpawnPlan) -> None:
         assert self.keeper_pid is not None
@@ -289,9 +304,8 @@ class Sandbox:
                 self._failure = message
             case protocol.SignalReceived():
                 self.signals_to_keeper.append(message.number)
-            case protocol.Fault():
-                self.fault_text += message.text
-                self.fault_at = message.at
+            case protocol.Fault() | protocol.Dying():
+                self._process_fault(message)
             case protocol.Exited():
                 self._set_exit(_kernel_exit(message))
             case protocol.Trouble():
@@ -300,6 +314,13 @@ class Sandbox:
                 self.discarded = message
             case protocol.CleanupResult():
                 self.cleanup = message
+
+    def _process_fault(self, message: protocol.Fault | protocol.Dying) -> None:
+        if isinstance(message, protocol.Fault):
+            self.fault_text += message.text
+            self.fault_at = message.at
+        elif self.on_dying is not None:
+            self.on_dying(message)
 
     def _set_exit(self, kernel_exit: KernelExit) -> None:
         if self.exit is None:

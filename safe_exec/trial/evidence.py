@@ -11,7 +11,10 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from safe_exec.kernel.fault_report import parse_fault
+from safe_exec.kernel.native_stack import named_by_report, native_frames
 from safe_exec.model.ending import CellFailed, Ending, TimedOut
 from safe_exec.model.evidence import CellLocation, Evidence, FaultReport, Frame
 from safe_exec.sandbox.mechanisms.watchdog import Peaks
@@ -146,7 +149,11 @@ def _fault(state: TrialState) -> FaultReport | None:
         # Py_FatalError writes to the C library's stderr, wherever the fault handler's descriptor
         # is.
         report = parse_fault(recent_text(state), cells, main, None, None)
-    return report
+    if report is not None and session.native is not None:
+        python = session.agent_facts.hello.get("python")
+        frames = native_frames(session.native, cells, python)
+        report = replace(report, native=frames, native_error=session.native.error)
+    return None if report is None else named_by_report(report)
 
 
 def _memory_peak(state: TrialState, kills: int | None, raw: int | None) -> int | None:

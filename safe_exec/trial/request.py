@@ -51,7 +51,8 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
     ``node`` is a stripped notebook; outputs are added to it in place. ``cells`` are the indexes to
     run (``None``: all), and ``cell_limits`` returns the limits of one cell. ``before_cells`` is
     awaited once the kernel is ready. ``hasty``: a kernel whose cells have run is killed instead of
-    shut down, since nobody needs the effects of its exit hooks. ``early`` is a kernel that was
+    shut down, since nobody needs the effects of its exit hooks. ``with_locals``: the native stack of
+    a crash shows local variables. ``early`` is a kernel that was
     started in advance. ``on_message`` is called with each message that changed a cell (the cell's
     index, and the message as it is stored); it must not raise.
     """
@@ -86,6 +87,8 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
     before_cells: Callable[[], Awaitable[None]] | None = None
     # Kill the kernel when its cells have run: nobody needs the effects of its exit hooks.
     hasty: bool = False
+    # Show local variables in the native stack of a crash.
+    with_locals: bool = False
     # The kernel that was started in advance.
     early: PrestartedKernel | None = None
     # Called with each message that changed a cell. It must not raise.

@@ -87,6 +87,8 @@ class Job(Struct, frozen=True, kw_only=True):
     walls: Mapping[str, Any] = field(default_factory=dict)
     bisect: Bisect = Bisect.AUTO
     bisect_budget: float | None = None
+    # Show local variables in the native stack of a crash.
+    with_locals: bool = False
     # Replays and probes run in scratch folders and write no documents.
     writes: bool = True
     machine: HostCapabilities | None = None

@@ -281,6 +281,7 @@ def request_for(
         strict_shell=prepared.job.inputs.strict_shell,
         stdin_lines=None if stdin is None else stdin.lines,
         allow_errors=_allow_errors(prepared),
+        with_locals=prepared.job.with_locals,
         env=dict(prepared.job.env if prepared.job.env is not None else os.environ),
         sink=emit,
         started=prepared.started,

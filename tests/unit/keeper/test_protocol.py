@@ -72,6 +72,7 @@ EXITED = protocol.Exited(
         stack_bytes=None,
         stack_limit=8 << 20,
         thread=FaultingThread(
+            task=12,
             main=True,
             faulted=True,
             divides=False,

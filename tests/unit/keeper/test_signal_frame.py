@@ -186,7 +186,9 @@ def test_whether_a_thread_left_its_stack(more: dict[str, Any], overflow: bool) -
         stack_pointer=facts["pointer"],
         instruction=0x40_0010,
     )
-    site = read_site(describe(registers, facts["maps"], main=facts["main"]), facts["ident"])
+    site = read_site(
+        describe(registers, facts["maps"], pid=1, task=1 if facts["main"] else 2), facts["ident"]
+    )
     assert site is not None
     assert site.overflow is overflow
     assert (site.library, site.library_offset) == ("/usr/bin/python3", 0x1010)
@@ -217,8 +219,8 @@ def test_only_an_arithmetic_fault_asks_whether_the_code_divides() -> None:
     registers = Registers(
         faulted=False, address=None, stack_pointer=MAIN_LOW + 512, instruction=0x40_0010
     )
-    divided = describe(registers, MAPS, main=True, machine_code=b"\xf7\xf9")
-    sent = describe(registers, MAPS, main=True, machine_code=b"\x48\x3d")
+    divided = describe(registers, MAPS, pid=1, task=1, machine_code=b"\xf7\xf9")
+    sent = describe(registers, MAPS, pid=1, task=1, machine_code=b"\x48\x3d")
     sites = [
         read_site(divided, IDENT, arithmetic=True),
         read_site(divided, IDENT, arithmetic=False),

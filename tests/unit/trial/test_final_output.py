@@ -30,7 +30,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_the_keeper_notes_when_each_burst_came(clock: Clock) -> None:
-    output = CrashOutput(lambda _text: None)
+    output = CrashOutput(lambda _text: None, lambda _thread: None)
     stderr, fault = output.open(None)
     fault.close()
     for moment, data in ((100.0, b"one "), (100.05, b"burst\n"), (103.0, b"another\n")):

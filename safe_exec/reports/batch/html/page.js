@@ -224,6 +224,7 @@
     const right = el("div", { class: "column" });
     if (detail.crash) left.append(part(`Code cell ${detail.crash.n}`, detail.crash.moment, codeBlock(detail.crash.source)));
     if (detail.memory_use) left.append(...drawMemoryUse(detail.memory_use));
+    if (detail.native || detail.native_gap) left.append(drawNative(detail));
     if (detail.culprits) left.append(drawCulprits(detail.culprits));
     if (detail.advice) right.append(part("Next", "", el("p", { class: "advice" }, detail.advice)));
     if (detail.command) right.append(part("Reproduce", "", el("div", { class: "command" }, el("code", null, detail.command), copyButton(detail.command, "Copy the command to reproduce"))));
@@ -254,6 +255,11 @@
     });
     const said = source.alone ? "Only this line is known: the notebook is not the one that was run any more, or too large." : source.cut ? `${counted(source.cut, "more line")} not shown.` : "";
     return el("div", { class: "code" }, el("pre", { tabindex: "0", "aria-label": "source" }, el("code", null, ...lines)), said ? el("p", { class: "note" }, said) : null);
+  };
+
+  const drawNative = (detail) => {
+    const frames = detail.native_stack.map((frame) => el("li", null, el("code", null, frame)));
+    return part("Native stack", detail.native_gap || "innermost first", frames.length ? el("ol", { class: "stack" }, ...frames) : null);
   };
 
   const drawCulprits = (culprits) => {

@@ -17,7 +17,7 @@ from safe_exec.reports.batch import text as batch_text
 from safe_exec.reports.batch.results import BatchResult
 from safe_exec.reports.batch.source_map import Placed, placed, read_as_run
 from safe_exec.reports.batch.text import NotebookReport, Outcome
-from safe_exec.reports.text import common, culprits, memory
+from safe_exec.reports.text import common, culprits, memory, native
 from safe_exec.units import format_seconds, format_size
 
 MOST_LINES = 300
@@ -211,6 +211,9 @@ def _failure(report: NotebookReport, verdict: Verdict) -> dict[str, Any]:
         "stack": [common.frame_line(frame, verdict) for frame in crash.stack[:MOST_FRAMES]]
         if crash is not None
         else [],
+        "native": native.summary(verdict),
+        "native_stack": native.stack_lines(verdict)[:MOST_FRAMES],
+        "native_gap": native.gap(verdict),
         "stderr": _tail(common.printable(verdict.stderr_tail)),
     }
     if cause is not None:

@@ -1,0 +1,115 @@
+"""The wording of native stacks."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterator
+
+from safe_exec.model.evidence import NativeFrame
+from safe_exec.model.verdict import CrashCell, Verdict
+from safe_exec.reports.text import common
+
+_MOST_CALLERS = 3
+_MOST_LOCALS = 12
+_VALUE_WIDTH = 60
+_NAME_WIDTH = 80
+
+# The functions by which a library ends its process say nothing about the fault that it found.
+_ENDS = re.compile(
+    r"__pthread_kill_\w+|pthread_kill\w*|raise|gsignal|__GI_raise|abort|__GI_abort|__libc_message\w*"
+    r"|malloc_printerr|__assert_fail\w*|__fortify_fail\w*|__stack_chk_fail\w*|__chk_fail"
+    r"|__gnu_cxx::__verbose_terminate_handler.*|std::terminate.*|fatal_error\w*|_?Py_Fatal\w*"
+)
+_PACKAGE = re.compile(r"/(?:site|dist)-packages/([^/]+)/")
+# The platform in the name of an extension module: `_ctypes.cpython-311-x86_64-linux-gnu.so`.
+_PLATFORM = re.compile(r"\.(?:cpython-\S+|abi3)\.so$")
+
+
+def summary(verdict: Verdict) -> str:
+    """Return the function that faulted, with its library and callers, on one line; maybe empty."""
+    frames = _c_frames(verdict.crash_cell)
+    if not frames:
+        return ""
+    callers = list(dict.fromkeys(f.function for f in frames[1:] if f.function is not None))
+    callers = [name for name in callers if name != frames[0].function][:_MOST_CALLERS]
+    called_by = f"called by {', '.join(map(_call, callers))}" if callers else ""
+    return common.SEPARATOR.join(part for part in (c_function(frames[0]), called_by) if part)
+
+
+def _c_frames(crash: CrashCell | None) -> list[NativeFrame]:
+    """Return the C functions inside the innermost Python code, from the one to blame outwards."""
+    if crash is None:
+        return []
+    frames: list[NativeFrame] = []
+    for frame in crash.native:
+        if frame.python is not None:
+            break
+        frames.append(frame)
+    ends = [n for n, f in enumerate(frames) if f.function and _ENDS.fullmatch(f.function)]
+    if not ends:
+        return frames
+    outside = range(ends[-1] + 1, len(frames))
+    # Stripped libraries do not name their own functions that end the process.
+    first = next((n for n in outside if frames[n].function), ends[-1] + 1)
+    return frames[first:] or frames
+
+
+def c_function(frame: NativeFrame) -> str:
+    """Return ``free() in libc.so.6 2.36``; an offset for a function whose name is not known."""
+    function = _call(frame.function) if frame.function is not None else "a function without a name"
+    if frame.library is None:
+        return function
+    offset = "" if frame.function is not None or frame.offset is None else f" (+{frame.offset:#x})"
+    return f"{function} in {library(frame)}{offset}"
+
+
+def library(frame: NativeFrame) -> str:
+    """Return a short name of a frame's library with its version: ``numpy 2.4.6``."""
+    path = frame.library or ""
+    package = _PACKAGE.search(path)
+    name = (
+        package[1].removesuffix(".libs") if package else _PLATFORM.sub("", posixpath.basename(path))
+    )
+    return " ".join(common.one_line(part) for part in (name, frame.version) if part)
+
+
+def _call(name: str) -> str:
+    """Return a function's name as a call; a C++ name has its parameters already."""
+    name = common.clip(common.one_line(name), _NAME_WIDTH)
+    return name if name.endswith((")", "…")) else f"{name}()"
+
+
+def stack_lines(verdict: Verdict) -> list[str]:
+    """Return one line for each frame of the native stack, innermost first."""
+    crash = verdict.crash_cell
+    return [frame_line(frame, verdict) for frame in crash.native] if crash is not None else []
+
+
+def frame_line(frame: NativeFrame, verdict: Verdict) -> str:
+    """Return one frame: of C, or of Python with its local variables."""
+    if frame.python is None:
+        return c_function(frame)
+    variables = ", ".join(_variables(frame))
+    return common.frame_line(frame.python, verdict) + (f" · {variables}" if variables else "")
+
+
+def _variables(frame: NativeFrame) -> Iterator[str]:
+    for name, value in list(frame.locals.items())[:_MOST_LOCALS]:
+        yield f"{common.one_line(name)} = {common.clip(common.one_line(value), _VALUE_WIDTH)}"
+
+
+def locals_lines(verdict: Verdict, most: int) -> list[str]:
+    """Return the local variables of the innermost Python frames, one line for each frame."""
+    crash = verdict.crash_cell
+    frames = [f for f in crash.native if f.python and f.locals] if crash is not None else []
+    return [f"{_call(f.function or '')}: {', '.join(_variables(f))}" for f in frames[:most]]
+
+
+def gap(verdict: Verdict) -> str:
+    """Return why the native stack is missing or not complete; empty if it is complete."""
+    crash = verdict.crash_cell
+    if crash is None or crash.native_error is None:
+        return ""
+    extent = "only the innermost frame is known" if crash.native else "not known"
+    return f"{extent}: {common.one_line(crash.native_error)}"
