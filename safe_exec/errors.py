@@ -45,6 +45,12 @@ class SandboxError(SafeExecError):
     exit_code = 7
 
 
+class ClusterError(SafeExecError):
+    """The cluster of ``--cluster`` cannot be reached or started. Nothing was run."""
+
+    exit_code = 7
+
+
 class PlatformError(SafeExecError):
     """safe-exec does not support this platform. Nothing was run or written."""
 

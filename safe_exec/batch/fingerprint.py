@@ -61,13 +61,19 @@ def key_of_run(prepared: PreparedJob) -> str:
 
 def key_of_pass(prepared: PreparedJob, kernels: Kernels, inputs: Mapping[str, str | None]) -> str:
     """Return the key of a run, its kernel's environment and its inputs (see ``inputs_of``)."""
+    environment = kernels.environment(prepared.kernel_name)
+    return pass_key(key_of_run(prepared), prepared.paths.cwd, environment, inputs)
+
+
+def pass_key(run: str, cwd: Path, environment: str, inputs: Mapping[str, str | None]) -> str:
+    """Return the key of a pass from the key of its run, and the environment of its kernel."""
     # The inputs are hashed before the run, because a notebook may overwrite its own inputs.
     return key_of(
         {
-            "run": key_of_run(prepared),
+            "run": run,
             "version": __version__,
-            "cwd": str(prepared.paths.cwd),
-            "environment": kernels.environment(prepared.kernel_name),
+            "cwd": str(cwd),
+            "environment": environment,
             "inputs": inputs,
         }
     )
@@ -196,3 +202,34 @@ def _file_of(program: str) -> list[object]:
     except OSError:
         return [program]
     return [program, status.st_size, status.st_mtime_ns]
+
+
+MOST_DIFFERENCES = 5
+
+
+def describe_differences(environments: Mapping[str, str]) -> str:
+    """Describe the versions that differ between machines, from their kernel environments.
+
+    ``numpy 1.26.4 (node-a), 2.1.0 (node-b)``; an empty text if there is no difference.
+    """
+    versions: dict[str, dict[str, list[str]]] = {}
+    for machine, text in environments.items():
+        for package, version in _versions_in(text).items():
+            versions.setdefault(package, {}).setdefault(version, []).append(machine)
+    count = len(environments)
+    texts = [
+        f"{package} " + ", ".join(f"{v} ({', '.join(names)})" for v, names in sorted(rows.items()))
+        for package, rows in sorted(versions.items())
+        if len(rows) > 1 or sum(map(len, rows.values())) < count
+    ]
+    more = [f"and {len(texts) - MOST_DIFFERENCES} more"] if len(texts) > MOST_DIFFERENCES else []
+    return "; ".join([*texts[:MOST_DIFFERENCES], *more])
+
+
+def _versions_in(environment: str) -> dict[str, str]:
+    """Return Python and packages of a kernel's environment; nothing for kernels without Python."""
+    try:
+        packages = json.loads(json.loads(environment)[2])
+        return {"Python": packages[0].split()[0], **dict(packages[2])}
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return {}

@@ -185,7 +185,6 @@ def _of_journal(directory: Path, past: PreviousBatch) -> ShardOutput:
 
 
 def _result(row: NotebookSummary | JournalRecord, directory: Path, source: Path) -> NotebookResult:
-    documents = {name: _document(directory, getattr(row, name)) for name in _DOCUMENTS}
     return NotebookResult(
         path=row.path,
         status=row.status,
@@ -195,7 +194,10 @@ def _result(row: NotebookSummary | JournalRecord, directory: Path, source: Path)
         flaky=row.flaky,
         error=row.error,
         source=source,
-        **documents,
+        verdict=_document(directory, row.verdict),
+        notebook=_document(directory, row.notebook),
+        repro=_document(directory, row.repro),
+        losses=row.losses,
     )
 
 

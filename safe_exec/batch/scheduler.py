@@ -7,43 +7,30 @@ once, here, and broadcast to every run.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from msgspec import Struct, field
 from msgspec.structs import replace
 
 from safe_exec._version import __version__
-from safe_exec.batch.admission import Capacity, admits_prestart, first_fitting, max_prestarted
-from safe_exec.batch.fingerprint import Kernels, inputs_of, key_of_pass, key_of_run
-from safe_exec.batch.history import History
+from safe_exec.batch.admission import admits_prestart, first_fitting, max_prestarted
 from safe_exec.batch.journal import Journal, JournalRecord
-from safe_exec.batch.ordering import longest_first
-from safe_exec.batch.outcome import exit_code
-from safe_exec.batch.selection import SelectedNotebook
-from safe_exec.batch.worker import (
-    BatchContext,
-    NotebookTask,
-    SignalBroadcast,
-    StartGate,
-    refused,
-    reserve_for_others,
-    run_task,
-)
-from safe_exec.errors import UsageError
+from safe_exec.batch.outcome import exit_code, worst
+from safe_exec.batch.queue import BatchListener, NotebookQueue, Plan, not_run
+from safe_exec.batch.worker import NotebookTask, StartGate, reserve_for_others, run_task
 from safe_exec.files import OutputRoot, one_line
-from safe_exec.model.events import EventSink
 from safe_exec.model.limits import FolderUse
-from safe_exec.reports.batch.results import NOT_RUN, UNCHANGED, BatchResult, NotebookResult
+from safe_exec.model.verdict import Status
+from safe_exec.reports.batch.results import NOT_RUN, BatchResult, NotebookResult
 from safe_exec.sandbox.keeper_process import ForkServer
-from safe_exec.workflows.prepare import Job, PreparedJob, prepare
+from safe_exec.workflows.prepare import PreparedJob
 from safe_exec.workflows.run import signals
 
 log = logging.getLogger("safe_exec")
@@ -53,50 +40,7 @@ LOOK_AHEAD = 32
 DRAW_SECONDS = 0.2
 
 
-class BatchListener(Protocol):
-    """The progress display of a batch.
-
-    Events arrive on the threads of the notebooks, all other calls on the main thread.
-    """
-
-    def begin(self, total: int, jobs: int) -> None:
-        """Start with ``total`` notebooks, at most ``jobs`` at a time."""
-
-    def note(self, text: str) -> None:
-        """Show a message to the user."""
-
-    def sink(self, path: str, attempt: int) -> EventSink:
-        """Return the sink for the events of one notebook."""
-
-    def finished(self, result: NotebookResult, headline: str) -> None:
-        """Show a notebook that finished or was skipped, with its verdict in one line."""
-
-    def draw(self) -> None:
-        """Redraw; called every 0.2 s."""
-
-
-class Plan(Struct, frozen=True, kw_only=True):
-    """A batch as the user requested it.
-
-    ``template`` is the job of every notebook except for its paths; ``limits`` is the value of
-    ``--limits``.
-    """
-
-    notebooks: tuple[SelectedNotebook, ...]
-    root: Path
-    out: Path
-    capacity: Capacity
-    template: Job
-    command: tuple[str, ...]
-    retries: int = 0
-    fail_fast: bool = False
-    resume: bool = False
-    only_changed: bool = False
-    shard: tuple[int, int] | None = None
-    limits: str | None = None
-
-
-class _QueuedNotebook(Struct, frozen=True, kw_only=True):
+class QueuedNotebook(Struct, frozen=True, kw_only=True):
     """A notebook that runs as soon as there is capacity.
 
     ``memory`` is its memory limit in bytes. ``prestarts`` is true if its sandbox may be built
@@ -109,50 +53,33 @@ class _QueuedNotebook(Struct, frozen=True, kw_only=True):
     gate: StartGate = field(default_factory=StartGate)
 
 
-class _Scheduler:
-    """The state of a running batch."""
+class Scheduler(NotebookQueue[QueuedNotebook]):
+    """Runs the notebooks of a batch on this machine, as many at a time as there is capacity."""
 
     def __init__(
         self, plan: Plan, tree: OutputRoot, journal: Journal, listener: BatchListener
     ) -> None:
-        self.plan, self.tree, self.listener = plan, tree, listener
-        self.broadcast = SignalBroadcast()
-        self.history = History.of_user()
-        self.context = BatchContext(
-            out=tree,
-            jobs=plan.capacity.jobs,
-            retries=plan.retries,
-            journal=journal,
-            history=self.history,
-            kernels=Kernels(),
-            broadcast=self.broadcast,
-            sink=listener.sink,
+        super().__init__(plan, tree, journal, listener)
+        self.ready: dict[asyncio.Future[JournalRecord | None], QueuedNotebook] = {}
+        self.running: dict[asyncio.Future[JournalRecord | None], QueuedNotebook] = {}
+
+    def enqueue(
+        self,
+        task: NotebookTask,
+        prepared: PreparedJob,
+        inputs: Mapping[str, str | None],  # noqa: ARG002 - hashed again just before the run
+    ) -> QueuedNotebook:
+        """Return the notebook as it waits."""
+        limits = prepared.limits.values
+        # With a copied folder the sandbox copies the files when it is built. Built early, it would
+        # miss what other notebooks write until its turn.
+        prestarts = limits.disk is None and prepared.limits.isolation.folder is not FolderUse.COPY
+        job = reserve_for_others(
+            task.job, limits, self.plan.capacity.jobs + max_prestarted(self.plan.capacity)
         )
-        # Without --resume the records of the previous batch are not trusted: limits may differ.
-        self.past = journal.past.finished if plan.resume else {}
-        self.results: dict[str, NotebookResult] = {}
-        self.todo = self._in_order()
-        self.waiting: list[_QueuedNotebook] = []
-        self.ready: dict[asyncio.Future[JournalRecord | None], _QueuedNotebook] = {}
-        self.running: dict[asyncio.Future[JournalRecord | None], _QueuedNotebook] = {}
-        self.failed = False
-
-    def _in_order(self) -> list[SelectedNotebook]:
-        """Return all notebooks, the longest first."""
-        by_path = {notebook.path: notebook for notebook in self.plan.notebooks}
-        seconds, sizes = {}, {}
-        for path, notebook in by_path.items():
-            duration = self.history.get(notebook.source).seconds
-            if duration is not None:
-                seconds[path] = duration
-            with contextlib.suppress(OSError):
-                sizes[path] = notebook.source.stat().st_size
-        return [by_path[path] for path in longest_first(list(by_path), seconds, sizes)]
-
-    @property
-    def stopped(self) -> bool:
-        """Whether no more notebooks may start."""
-        return bool(self.broadcast.signals) or (self.plan.fail_fast and self.failed)
+        return QueuedNotebook(
+            task=replace(task, job=job), memory=limits.memory, prestarts=prestarts
+        )
 
     # --- the run --------------------------------------------------------------------------------
 
@@ -187,16 +114,16 @@ class _Scheduler:
                 self.broadcast.receive(signal.SIGTERM)
                 raise
         for notebook in (*(queued.task.notebook for queued in self.waiting), *self.todo):
-            self.results[notebook.path] = _not_run(notebook, NOT_RUN)
+            self.results[notebook.path] = not_run(notebook, NOT_RUN)
 
     def _submit(
-        self, queued: _QueuedNotebook, pool: ThreadPoolExecutor
+        self, queued: QueuedNotebook, pool: ThreadPoolExecutor
     ) -> asyncio.Future[JournalRecord | None]:
         return asyncio.get_running_loop().run_in_executor(
             pool, run_task, queued.task, self.context, queued.gate
         )
 
-    def _start(self, queued: _QueuedNotebook, pool: ThreadPoolExecutor) -> None:
+    def _start(self, queued: QueuedNotebook, pool: ThreadPoolExecutor) -> None:
         queued.gate.open()
         # A notebook whose kernel started ahead of its turn already has a thread.
         future = next((future for future, ready in self.ready.items() if ready is queued), None)
@@ -216,11 +143,11 @@ class _Scheduler:
         record = future.result()
         # Without a record the gate was refused: nothing of the notebook ran.
         if record is None:
-            self.results[queued.task.notebook.path] = _not_run(queued.task.notebook, NOT_RUN)
+            self.results[queued.task.notebook.path] = not_run(queued.task.notebook, NOT_RUN)
         else:
-            self._finish(queued.task.notebook, record)
+            self.finish(queued.task.notebook, record)
 
-    async def _next(self) -> _QueuedNotebook | None:
+    async def _next(self) -> QueuedNotebook | None:
         """Remove and return the first waiting notebook that may start, reading more as needed."""
         while True:
             limits = [queued.memory for queued in self.running.values()]
@@ -237,112 +164,17 @@ class _Scheduler:
             full = len(self.running) >= self.plan.capacity.jobs or len(self.waiting) >= LOOK_AHEAD
             if full or not self.todo or self.stopped:
                 return None
-            await self._read_notebook(self.todo.pop(0))
+            await self.read_notebook(self.todo.pop(0))
 
-    async def _next_prestart(self) -> _QueuedNotebook | None:
+    async def _next_prestart(self) -> QueuedNotebook | None:
         """Return the first waiting notebook if its kernel may start ahead of its turn."""
         if not admits_prestart(
             self.plan.capacity, [queued.memory for queued in self.running.values()], len(self.ready)
         ):
             return None
         while not self.waiting and self.todo and not self.stopped:
-            await self._read_notebook(self.todo.pop(0))
+            await self.read_notebook(self.todo.pop(0))
         return self.waiting.pop(0) if self.waiting and self.waiting[0].prestarts else None
-
-    async def _read_notebook(self, notebook: SelectedNotebook) -> None:
-        """Read a notebook: queue it, or record that it is finished, unchanged or unusable."""
-        task = NotebookTask(notebook=notebook, job=job_of(self.plan, notebook, self.tree))
-        try:
-            outcome = await asyncio.to_thread(self._survey, task)
-        except UsageError as error:
-            self._finish(notebook, refused(task, error))
-            return
-        if isinstance(outcome, _QueuedNotebook):
-            self.waiting.append(outcome)
-        elif isinstance(outcome, JournalRecord):
-            self._finish(notebook, outcome)
-        else:
-            self._show(outcome, "passed before, and nothing has changed")
-
-    def _survey(self, task: NotebookTask) -> _QueuedNotebook | JournalRecord | NotebookResult:
-        prepared = prepare(task.job)
-        # Input patterns are checked here, so that a wrong one is reported before anything runs.
-        inputs = inputs_of(prepared)
-        record = self.past.get(task.notebook.path)
-        if (
-            record is not None
-            and record.key == key_of_run(prepared)
-            and _documents_exist(record, self.tree.path)
-        ):
-            return record
-        if self.plan.only_changed and self._passed_before(task, prepared, inputs):
-            return _not_run(task.notebook, UNCHANGED)
-        # A finished or unchanged notebook never gets here, so no kernel starts for it.
-        limits = prepared.limits.values
-        # With a copied folder the sandbox copies the files when it is built. Built early, it would
-        # miss what other notebooks write until its turn.
-        prestarts = limits.disk is None and prepared.limits.isolation.folder is not FolderUse.COPY
-        job = reserve_for_others(
-            task.job, limits, self.plan.capacity.jobs + max_prestarted(self.plan.capacity)
-        )
-        return _QueuedNotebook(
-            task=replace(task, job=job), memory=limits.memory, prestarts=prestarts
-        )
-
-    def _passed_before(
-        self, task: NotebookTask, prepared: PreparedJob, inputs: dict[str, str | None]
-    ) -> bool:
-        # Compared last: collecting the packages of a kernel takes half a second.
-        key = self.history.get(task.notebook.source).passed
-        return key is not None and key == key_of_pass(prepared, self.context.kernels, inputs)
-
-    def _finish(self, notebook: SelectedNotebook, record: JournalRecord) -> None:
-        self.failed = self.failed or record.exit_code != 0
-        self._show(_result_of(record, notebook, self.tree.path), record.headline)
-
-    def _show(self, result: NotebookResult, headline: str) -> None:
-        self.results[result.path] = result
-        self.listener.finished(result, headline)
-
-
-def job_of(plan: Plan, notebook: SelectedNotebook, tree: OutputRoot) -> Job:
-    """Return the job of one notebook; its documents go below the output directory."""
-    base = plan.out / notebook.documents
-    return replace(
-        plan.template,
-        path=notebook.source,
-        output=base.with_name(f"{base.name}.out.ipynb"),
-        verdict=base.with_name(f"{base.name}.verdict.json"),
-        repro=base.with_name(f"{base.name}.repro.ipynb"),
-        own_paths=(plan.out,),
-        tree=tree,
-        command=plan.command,
-    )
-
-
-def _documents_exist(record: JournalRecord, out: Path) -> bool:
-    # Somebody may have deleted documents since the earlier batch: such a notebook runs again.
-    return record.verdict is not None and all(
-        (out / name).is_file()
-        for name in (record.verdict, record.notebook, record.repro)
-        if name is not None
-    )
-
-
-def _result_of(record: JournalRecord, notebook: SelectedNotebook, out: Path) -> NotebookResult:
-    return NotebookResult(
-        path=notebook.path,
-        status=record.status,
-        exit_code=record.exit_code,
-        seconds=record.seconds,
-        attempts=record.attempts,
-        flaky=record.flaky,
-        error=record.error,
-        verdict=out / record.verdict if record.verdict is not None else None,
-        notebook=out / record.notebook if record.notebook is not None else None,
-        repro=out / record.repro if record.repro is not None else None,
-        source=notebook.source,
-    )
 
 
 def _moved(result: NotebookResult, old_root: Path, new_root: Path) -> NotebookResult:
@@ -356,26 +188,18 @@ def _moved(result: NotebookResult, old_root: Path, new_root: Path) -> NotebookRe
     return replace(result, **moved) if new_root != old_root else result
 
 
-def _not_run(notebook: SelectedNotebook, status: str) -> NotebookResult:
-    return NotebookResult(
-        path=notebook.path,
-        status=status,
-        exit_code=None,
-        seconds=None,
-        attempts=0,
-        flaky=False,
-        error=None,
-        verdict=None,
-        notebook=None,
-        repro=None,
-        source=notebook.source,
-    )
+SchedulerFactory = Callable[[Plan, OutputRoot, Journal, BatchListener], NotebookQueue[Any]]
 
 
 async def run_batch(
-    plan: Plan, listener: BatchListener, report: Callable[[BatchResult], int]
+    plan: Plan,
+    listener: BatchListener,
+    report: Callable[[BatchResult], int],
+    scheduler_of: SchedulerFactory = Scheduler,
 ) -> BatchResult:
     """Run a batch and return its result.
+
+    ``scheduler_of`` makes the scheduler: the default runs the notebooks on this machine.
 
     ``report`` writes the reports and returns an exit code that may be worse than the batch's own.
     Whatever ends the batch, except SIGKILL, all documents and reports are written on return. Raises
@@ -389,7 +213,7 @@ async def run_batch(
         Journal(plan.out, resume=plan.resume) as journal,
         ForkServer(),
     ):
-        scheduler = _Scheduler(plan, tree, journal, listener)
+        scheduler = scheduler_of(plan, tree, journal, listener)
         with signals(scheduler.broadcast.receive):
             journal.batch_started(
                 version=__version__,
@@ -415,13 +239,17 @@ async def run_batch(
                 for notebook in plan.notebooks
             )
             cancelled = bool(scheduler.broadcast.signals)
+            code = exit_code(results, cancelled=cancelled)
+            if scheduler.trouble is not None:
+                log.error("%s", one_line(scheduler.trouble))
+                code = worst((code, Status.INTERNAL_ERROR.exit_code))
             batch = BatchResult(
                 results=results,
                 root=plan.root,
                 out=tree.path,
                 started=started,
                 seconds=time.monotonic() - began,
-                exit_code=exit_code(results, cancelled=cancelled),
+                exit_code=code,
                 command=plan.command,
                 safe_exec_version=__version__,
                 limits=plan.limits,

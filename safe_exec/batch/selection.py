@@ -216,7 +216,7 @@ def _is_meant(file: Path, cwd: Path, out: Path) -> bool:
     real_out = os.path.realpath(out)
     inside = "" if Path(os.path.realpath(cwd)).is_relative_to(real_out) else real_out
     folders = [folder for folder in file.parents if folder.name not in ("", "..")]
-    return all(_is_walked(str(cwd / folder), folder.name, inside) for folder in folders)
+    return all(is_walked(str(cwd / folder), folder.name, inside) for folder in folders)
 
 
 def _add_unless_ignored(files: Iterable[Path], selection: _FileSet) -> None:
@@ -235,13 +235,14 @@ def _walk(cwd: Path, folder: Path, out: Path) -> Iterator[Path]:
     for top, names, files in os.walk(cwd / folder):
         # Assigning to the list keeps os.walk from entering the other directories.
         names[:] = sorted(
-            name for name in names if _is_walked(os.path.join(top, name), name, inside)
+            name for name in names if is_walked(os.path.join(top, name), name, inside)
         )
         below = folder / os.path.relpath(top, cwd / folder)
         yield from (below / name for name in sorted(files) if name.endswith(SUFFIX))
 
 
-def _is_walked(path: str, name: str, out: str) -> bool:
+def is_walked(path: str, name: str, out: str) -> bool:
+    """Return whether a walk enters a directory; ``out`` is the real path of the output directory."""
     hidden = name.startswith(".") or name in SKIPPED_DIRECTORIES
     return (
         not hidden
@@ -267,7 +268,7 @@ def ignored_by_git(files: Sequence[Path], notes: list[str]) -> set[Path]:
     # One call per repository, because git fails for a path that lies in a submodule.
     by_repository: dict[Path, list[Path]] = {}
     for file in files:
-        repository = _repository_of(file.parent)
+        repository = repository_of(file.parent)
         if repository is not None:
             by_repository.setdefault(repository, []).append(file)
     if not by_repository:
@@ -282,7 +283,8 @@ def ignored_by_git(files: Sequence[Path], notes: list[str]) -> set[Path]:
     return ignored
 
 
-def _repository_of(folder: Path) -> Path | None:
+def repository_of(folder: Path) -> Path | None:
+    """Return the git repository around a folder."""
     real = Path(os.path.realpath(folder))
     return next((parent for parent in (real, *real.parents) if (parent / ".git").exists()), None)
 

@@ -134,19 +134,20 @@ def run_task(task: NotebookTask, context: BatchContext, gate: StartGate) -> Jour
         message = (
             str(error) if isinstance(error, SafeExecError) else f"{type(error).__name__}: {error}"
         )
-        return _without_verdict(
+        return record_without_verdict(
             task, str(Status.INTERNAL_ERROR), Status.INTERNAL_ERROR.exit_code, message
         )
 
 
 def refused(task: NotebookTask, error: UsageError) -> JournalRecord:
     """Return the record of a notebook that cannot be used."""
-    return _without_verdict(task, REFUSED, REFUSED_CODE, str(error))
+    return record_without_verdict(task, REFUSED, REFUSED_CODE, str(error))
 
 
-def _without_verdict(
+def record_without_verdict(
     task: NotebookTask, status: str, exit_code: int, message: str
 ) -> JournalRecord:
+    """Return the record of a notebook that has no verdict, with the reason."""
     # The record names the notebook already, so the prefix of the error message is dropped.
     return JournalRecord(
         path=task.notebook.path,
@@ -184,7 +185,7 @@ def _run(task: NotebookTask, context: BatchContext, gate: StartGate) -> JournalR
             )
         if context.broadcast.signals or not is_retried(verdict):
             break
-    record = _record(task, verdict, attempt, key, context.out.path)
+    record = record_of(task, verdict, attempt, key, context.out.path)
     # A cancelled notebook is not recorded, so --resume runs it again.
     if verdict.status is not Status.CANCELLED:
         context.journal.finished(record)
@@ -258,9 +259,10 @@ def reserve_for_others(job: Job, limits: Limits, jobs: int) -> Job:
     return replace(job, machine=replace(machine, user_tasks=machine.user_tasks + others))
 
 
-def _record(
+def record_of(
     task: NotebookTask, verdict: Verdict, attempt: int, key: str, out: Path
 ) -> JournalRecord:
+    """Return the record of a notebook with a verdict; ``out`` is the output directory."""
     documents = {name: Path(path) for name, path in verdict.outputs.items()}
     # Paths are stored relative to the output directory, which may move between two batches.
     below = {

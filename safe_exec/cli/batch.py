@@ -8,12 +8,13 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 from msgspec.structs import replace
 
 from safe_exec.batch.admission import AUTO, capacity_for, parse_jobs
+from safe_exec.batch.cluster.connection import LOCAL, ClusterAddress, demand_dask, parse_cluster
 from safe_exec.batch.ordering import cut, parse_shard, read_timings
 from safe_exec.batch.selection import SelectedNotebook, select
 from safe_exec.cli.inputs import input_options
@@ -28,6 +29,9 @@ from safe_exec.sandbox.host.capabilities import detect, probe_isolation
 from safe_exec.sandbox.host.resources import cpus_available, memory_available
 from safe_exec.sandbox.planner import CHOOSABLE, parse_mechanisms
 from safe_exec.workflows.prepare import Bisect, command_line
+
+if TYPE_CHECKING:
+    from safe_exec.batch.scheduler import SchedulerFactory
 
 log = logging.getLogger("safe_exec")
 
@@ -49,6 +53,11 @@ STDIN = "-"
     default=AUTO,
     metavar="N",
     help="Notebooks at a time, if their memory limits fit [auto: processors].",
+)
+@click.option(
+    "--cluster",
+    metavar="WHERE",
+    help="Run on a dask cluster: tcp://host:8786, a scheduler file, local:N, slurm:N, or dask.",
 )
 @click.option(
     "--exclude",
@@ -141,8 +150,9 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> i
     """
     # Imported here, because --help needs none of these modules.
     from safe_exec.batch import ci
+    from safe_exec.batch.queue import Plan
     from safe_exec.batch.report_registry import write_all
-    from safe_exec.batch.scheduler import Plan, run_batch
+    from safe_exec.batch.scheduler import run_batch
 
     # Detected from the environment, unless an option decides.
     github = ci.on_github() if options["github"] is None else options["github"]
@@ -153,7 +163,12 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> i
     # All input is checked before the output directory is created.
     shard = parse_shard(options["shard"]) if options["shard"] is not None else None
     timings = read_timings(options["timings"])
+    cluster = options["cluster"]
+    address = _cluster(cluster) if cluster is not None else None
     jobs = parse_jobs(options["jobs"], cpus_available())
+    # Workers decide how many notebooks run at a time, unless the user limits their number.
+    most = 0 if address is not None and options["jobs"] == AUTO else jobs
+    local_jobs = address.count if address is not None and address.kind == LOCAL else jobs
     listed = _listed(sys.stdin) if STDIN in paths else []
     # "-" may be combined with paths; the list may be empty then.
     arguments = [path for path in paths if path != STDIN]
@@ -162,8 +177,8 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> i
         notebooks=_of_shard(selection.notebooks, shard, timings),
         root=selection.root,
         out=make_out(cwd / out),
-        capacity=capacity_for(jobs, memory_available()),
-        template=_template(options, jobs),
+        capacity=capacity_for(most, memory_available()),
+        template=_template(options, local_jobs),
         command=command_line(),
         **{
             key: options[key]
@@ -179,12 +194,32 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> i
     with BatchProgress(sys.stderr, quiet=quiet) as progress:
         for note in notes:
             progress.note(note)
-        batch = asyncio.run(run_batch(plan, progress, partial(write_all, more=more)))
+        report = partial(write_all, more=more)
+        batch = asyncio.run(run_batch(plan, progress, report, _scheduler_on(address)))
     # Printed after the progress display has ended: GitHub needs whole lines.
     for line in ci.github_lines(batch) if github else ():
         click.echo(line)
     show(batch, sys.stdout, quiet=quiet)
     return batch.exit_code
+
+
+def _cluster(text: str) -> ClusterAddress:
+    """Parse ``--cluster``, and check that dask is installed. Raises UsageError."""
+    address = parse_cluster(text)
+    demand_dask(address)
+    return address
+
+
+def _scheduler_on(address: ClusterAddress | None) -> SchedulerFactory:
+    """Return the scheduler for this machine, or for a cluster."""
+    from safe_exec.batch.scheduler import Scheduler
+
+    if address is None:
+        return Scheduler
+    # Imported only here: dask takes most of a second.
+    from safe_exec.batch.cluster.scheduler import ClusterScheduler
+
+    return partial(ClusterScheduler, address=address)
 
 
 def _listed(stream: TextIO) -> list[str]:

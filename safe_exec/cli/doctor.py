@@ -14,44 +14,22 @@ from msgspec import Struct
 from safe_exec._version import __version__
 from safe_exec.cli import tables
 from safe_exec.errors import SandboxError
-from safe_exec.model.limits import FolderUse, Isolation, LimitName, Limits, Mechanism, SystemCalls
+from safe_exec.model.limits import Isolation, LimitName, Limits, Mechanism
 from safe_exec.reports.terminal import Style
 from safe_exec.sandbox.advice.isolation import WallRemedy, advise_walls
 from safe_exec.sandbox.advice.limits import Remedy, advise, swap_state, weak_limits
 from safe_exec.sandbox.host.capabilities import HostCapabilities, detect, probe_isolation
 from safe_exec.sandbox.host.facts import CgroupTree, Container, HostFacts, collect, dead_runs
 from safe_exec.sandbox.plan import RUNNER_LIMITS, SpawnPlan, weak_walls
-from safe_exec.sandbox.planner import CHOOSABLE, build_plan, parse_mechanisms
-
-# Every limit is set; only the mechanisms matter here, not the values.
-EVERY_LIMIT = Limits(
-    memory=2**30,
-    cpus=1.0,
-    cpu_time=60.0,
-    cell_timeout=60.0,
-    timeout=60.0,
-    start_timeout=60.0,
-    processes=256,
-    open_files=1024,
-    file_size=2**30,
-    cell_output=2**20,
-    output=2**20,
-    disk=2**30,
-    shm=2**30,
+from safe_exec.sandbox.planner import (
+    ALL_LIMITS,
+    ALL_WALLS,
+    CHOOSABLE,
+    build_plan,
+    parse_mechanisms,
 )
 
-# Every wall is requested, likewise.
-EVERY_WALL = Isolation(
-    hide_home=True,
-    read_only_system=True,
-    folder=FolderUse.COPY,
-    write_back=False,
-    network=False,
-    own_processes=True,
-    listed_environment=True,
-    system_calls=SystemCalls.REFUSE,
-    other_user=True,
-)
+EVERY_LIMIT, EVERY_WALL = ALL_LIMITS, ALL_WALLS
 
 # The width of the text: longer lines are harder to read. Commands are never wrapped.
 WIDTH = 100

@@ -281,6 +281,7 @@ def _environment(result: TrialResult, plan: SpawnPlan) -> Environment:
         ),
         isolation=plan.walls,
         isolation_facts=result.evidence.isolation,
+        machine=platform.node() or None,
     )
 
 

@@ -315,6 +315,8 @@ class Environment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     isolation: Mapping[Wall, Enforcement] = field(default_factory=dict)
     # None without isolation.
     isolation_facts: IsolationFacts | None = None
+    # The host name of the machine that ran the notebook.
+    machine: str | None = None
 
 
 class Verdict(

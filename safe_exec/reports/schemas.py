@@ -22,7 +22,8 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _UNITS = {Kind.SIZE: "Bytes. ", Kind.TIME: "Seconds. ", Kind.GRACE: "Seconds. "}
 
 OPTIONAL: Mapping[str, frozenset[str]] = {
-    "Environment": frozenset({"isolation_facts"}),
+    "Environment": frozenset({"isolation_facts", "machine"}),
+    "NotebookSummary": frozenset({"machine", "losses"}),
     "Frame": frozenset({"source_line"}),
     "Isolation": frozenset({"repository", "show"}),
     "Culprits": frozenset({"endings"}),
@@ -47,6 +48,7 @@ DESCRIPTIONS: Mapping[str, Mapping[str, str]] = {
         "cell": "The index of the notebook cell whose code it runs.",
         "source_line": "The text of the line, for the code of a cell.",
     },
+    "Environment": {"machine": "The host name of the machine that ran the notebook."},
     "CellRecord": {"memory_kept": "What stayed allocated after the cell; may be negative."},
     "Culprits": {
         "cells": "In order, the crash cell last; empty where nothing reproduced.",
@@ -82,6 +84,8 @@ DESCRIPTIONS: Mapping[str, Mapping[str, str]] = {
         "verdict": "Relative to out.",
         "notebook": "The annotated notebook, relative to out.",
         "repro": "The reproduction, relative to out.",
+        "machine": "The host name of the machine that ran it.",
+        "losses": "Machines of a cluster whose workers were lost while they ran it.",
     },
 }
 

@@ -140,6 +140,13 @@ class ForkServer:
             _depth += 1
         return self
 
+    def open(self) -> None:
+        """Start the process now, so that forks of this process share it. Raises OSError."""
+        global _fork_server  # noqa: PLW0603
+        with _lock:
+            if _fork_server is None and _has_pidfds():
+                _fork_server = _open_fork_server()
+
     def __exit__(self, *_: object) -> None:
         global _depth, _fork_server  # noqa: PLW0603
         with _lock:

@@ -11,7 +11,15 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from safe_exec.errors import UsageError
-from safe_exec.model.limits import Isolation, LimitName, Limits, Mechanism, Wall
+from safe_exec.model.limits import (
+    FolderUse,
+    Isolation,
+    LimitName,
+    Limits,
+    Mechanism,
+    SystemCalls,
+    Wall,
+)
 from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.mechanisms import cgroup_v1, cgroup_v2, rlimits, watchdog
 from safe_exec.sandbox.mechanisms import isolation as walls
@@ -88,6 +96,36 @@ class Required(Struct, frozen=True, kw_only=True):
     names: tuple[LimitName | Wall, ...] = ()
     isolation: bool | None = None
 
+
+# Every limit is set; only the mechanisms matter here, not the values.
+ALL_LIMITS = Limits(
+    memory=2**30,
+    cpus=1.0,
+    cpu_time=60.0,
+    cell_timeout=60.0,
+    timeout=60.0,
+    start_timeout=60.0,
+    processes=256,
+    open_files=1024,
+    file_size=2**30,
+    cell_output=2**20,
+    output=2**20,
+    disk=2**30,
+    shm=2**30,
+)
+
+# Every wall is requested, likewise.
+ALL_WALLS = Isolation(
+    hide_home=True,
+    read_only_system=True,
+    folder=FolderUse.COPY,
+    write_back=False,
+    network=False,
+    own_processes=True,
+    listed_environment=True,
+    system_calls=SystemCalls.REFUSE,
+    other_user=True,
+)
 
 EVERY_LIMIT, EVERY_WALL, NOTHING = "all", "walls", "none"
 REQUIRABLE: Mapping[str, LimitName | Wall] = {

@@ -62,7 +62,9 @@ class Job(Struct, frozen=True, kw_only=True):
     with ``writes`` false they need not be writable. ``tree`` is the directory that holds all
     documents if other runs write there too. ``own_paths`` are files and directories of safe-exec
     itself, which are left out of copies of the notebook's folder. ``machine`` holds capabilities
-    that were detected before; a percentage limit refers to its memory. ``bisect_budget`` is in
+    that were detected before; a percentage limit refers to its memory. ``resolved`` are the final
+    limits if they were resolved on another machine; profile, options and metadata then change
+    nothing. ``bisect_budget`` is in
     seconds; ``None`` derives it from the duration of the first run.
     """
 
@@ -92,6 +94,7 @@ class Job(Struct, frozen=True, kw_only=True):
     # Replays and probes run in scratch folders and write no documents.
     writes: bool = True
     machine: HostCapabilities | None = None
+    resolved: profiles.Resolved | None = None
     own_paths: tuple[Path, ...] = ()
     tree: OutputRoot | None = None
 
@@ -345,6 +348,8 @@ def _bwrap_probe(job: Job) -> contextlib.AbstractContextManager[BwrapProbe | Non
 
 
 def _resolve(job: Job, metadata: Mapping[str, Any], machine: HostCapabilities) -> profiles.Resolved:
+    if job.resolved is not None:
+        return job.resolved
     if isinstance(job.limits, Limits):
         overrides = profiles.parse_overrides(
             job.options, error_prefix="--", machine_memory=machine.memory_total

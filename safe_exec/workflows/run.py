@@ -189,9 +189,6 @@ async def _first_run(
     folder: FolderSnapshot,
     on_message: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> FirstRun:
-    from safe_exec.trial.metrics import MetricsRecorder
-    from safe_exec.trial.request import TrialResult
-
     # Imports jupyter_client and zmq, which takes 100 ms, while the kernel starts.
     from safe_exec.trial.run import run_trial
 
@@ -209,24 +206,48 @@ async def _first_run(
     try:
         require(plan, prepared.limits.required)
     except EnforcementError as error:
-        metrics = MetricsRecorder.for_notebook(prepared.node, prepared.started)
-        metrics.close(time.monotonic() - prepared.started)
-        result = TrialResult(
-            ending=InternalError(message=str(error), refused=True),
-            evidence=Evidence(),
-            metrics=metrics,
-            node=prepared.node,
-            location=None,
-            hello={},
-            warnings=(),
-        )
-        return FirstRun(request=request, result=result, plan=plan)
+        ending = InternalError(message=str(error), refused=True)
+        return FirstRun(request=request, result=_without_trial(prepared, ending), plan=plan)
     folder.begin()
     # A task beside the trial: the event loop is idle while the kernel starts.
     warming = asyncio.create_task(_warm_up())
     result = await run_trial(replace(request, before_cells=folder.done, early=kernel))
     await warming
     return FirstRun(request=request, result=result, plan=plan)
+
+
+def _without_trial(prepared: PreparedJob, ending: InternalError) -> TrialResult:
+    """Return the result of a run that did not take place."""
+    from safe_exec.trial.metrics import MetricsRecorder
+    from safe_exec.trial.request import TrialResult
+
+    metrics = MetricsRecorder.for_notebook(prepared.node, prepared.started)
+    metrics.close(time.monotonic() - prepared.started)
+    return TrialResult(
+        ending=ending,
+        evidence=Evidence(),
+        metrics=metrics,
+        node=prepared.node,
+        location=None,
+        hello={},
+        warnings=(),
+    )
+
+
+def abandon_job(prepared: PreparedJob, message: str) -> Verdict:
+    """Write the documents of a notebook that no machine could run to its end; return the verdict."""
+    from safe_exec.trial.request import Cancellation
+
+    # Nothing is known of what held its limits elsewhere.
+    plan = replace(prepared.plan(), enforcement={}, walls={})
+    request = request_for(prepared, plan, prepared.node, Cancellation(), lambda _event: None)
+    result = _without_trial(prepared, InternalError(message=message))
+    with Documents(prepared) as documents:
+        first = FirstRun(request=request, result=result, plan=plan)
+        verdict = _verdict_of(prepared, first, documents.mask)
+        environment = replace(verdict.environment, machine=None)
+        verdict = replace(verdict, environment=environment)
+        return write(prepared, verdict, result.node, documents)
 
 
 async def _warm_up() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
@@ -35,6 +35,7 @@ class _Running(Struct, frozen=True, kw_only=True):
     situation: Situation
     since: float
     attempt: int
+    machine: str = ""
 
 
 class BatchProgress:
@@ -50,6 +51,7 @@ class BatchProgress:
         self._live: Live | None = None
         self._turn = threading.Lock()
         self._running: dict[str, _Running] = {}
+        self._machines: dict[str, tuple[int, int]] = {}
         self._total = self._finished_count = self._bad = 0
         self._began = clock()
 
@@ -70,20 +72,27 @@ class BatchProgress:
             quietly(live.stop)
 
     def begin(self, total: int, jobs: int) -> None:
-        """Start with ``total`` notebooks, at most ``jobs`` at a time."""
+        """Start with ``total`` notebooks, at most ``jobs`` at a time, 0 if a cluster decides."""
         self._total, self._began = total, self._clock()
-        self._say(f"{common.counted(total, 'notebook')}, {jobs} at a time", "dim")
+        at_a_time = f", {jobs} at a time" if jobs else ""
+        self._say(f"{common.counted(total, 'notebook')}{at_a_time}", "dim")
 
     def note(self, text: str) -> None:
         """Show a message to the user."""
         self._say(f"note: {common.one_line(text)}", "")
 
-    def sink(self, path: str, attempt: int) -> events.EventSink:
+    def sink(self, path: str, attempt: int, machine: str = "") -> events.EventSink:
         """Return the sink for the events of one notebook; it may be called on any thread."""
-        notebook = _Running(situation=Situation(), since=self._clock(), attempt=attempt)
+        notebook = _Running(
+            situation=Situation(), since=self._clock(), attempt=attempt, machine=machine
+        )
         with self._turn:
             self._running[path] = notebook
         return notebook.situation.take
+
+    def load(self, machines: Mapping[str, tuple[int, int]]) -> None:
+        """Take the machines of a cluster: the notebooks that run, and those that may."""
+        self._machines = dict(sorted(machines.items()))
 
     def finished(self, result: NotebookResult, headline: str) -> None:
         """Show a finished notebook."""
@@ -133,10 +142,15 @@ class BatchProgress:
             attempt = f" (attempt {notebook.attempt})" if notebook.attempt > 1 else ""
             name = common.clip(common.one_line(path), _MOST_PATH) + attempt
             seconds = format_seconds(self._clock() - notebook.since)
-            cells = (name, notebook.situation.doing(), seconds, notebook.situation.usage())
+            column = (common.one_line(notebook.machine),) if self._machines else ()
+            usage = notebook.situation.usage()
+            cells = (name, *column, notebook.situation.doing(), seconds, usage)
             table.add_row(
                 *(Text(self._style.fit(cell), no_wrap=True, overflow="ellipsis") for cell in cells)
             )
+        for machine, (running_count, most) in self._machines.items():
+            line = f"{common.one_line(machine)}: {running_count} of {most}"
+            table.add_row(Text(self._style.fit(line), style="dim"))
         bad = f", {self._bad} not passed" if self._bad else ""
         elapsed = format_seconds(self._clock() - self._began)
         table.add_row(

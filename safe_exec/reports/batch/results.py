@@ -36,7 +36,8 @@ class NotebookResult(Struct, frozen=True, kw_only=True):
     attempt, ``None`` if nothing ran. ``attempts`` is 0 if nothing ran and 1 without a retry.
     ``flaky`` is true if it passed after a failed attempt. ``error`` is one line about a refused
     notebook. ``verdict``, ``notebook`` (annotated) and ``repro`` are the written files, or
-    ``None``; ``source`` is the notebook itself.
+    ``None``; ``source`` is the notebook itself. ``losses`` are the machines of a cluster whose workers
+    were lost while they ran it.
     """
 
     path: str
@@ -50,6 +51,7 @@ class NotebookResult(Struct, frozen=True, kw_only=True):
     notebook: Path | None
     repro: Path | None
     source: Path
+    losses: tuple[str, ...] = ()
 
     def document(self) -> Mapping[str, Any] | None:
         """Read the verdict's document; ``None`` if there is none or it is unreadable."""

@@ -40,6 +40,8 @@ class NotebookSummary(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     verdict: str | None
     notebook: str | None
     repro: str | None
+    machine: str | None = None
+    losses: tuple[str, ...] = ()
 
 
 class Summary(
@@ -132,6 +134,8 @@ def _notebook(result: NotebookResult, out: Path) -> NotebookSummary:
         verdict=_below(result.verdict, out),
         notebook=_below(result.notebook, out),
         repro=_below(result.repro, out),
+        machine=_part(document, "environment").get("machine"),
+        losses=result.losses,
     )
 
 

@@ -1,0 +1,641 @@
+"""Run the notebooks of a batch on the workers of a dask cluster.
+
+dask places the tasks and repeats those whose worker was lost. This module keeps what dask cannot
+know: which notebooks have finished (the journal), which start is the first one, and how often a
+notebook lost its worker. A task starts its notebook only with this module's permission, so a
+notebook that is in the journal never runs again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from safe_exec._version import __version__
+from safe_exec.batch.cluster import files, placement
+from safe_exec.batch.cluster.connection import LOCAL, ClusterAddress, connected
+from safe_exec.batch.cluster.messages import (
+    FinishedNotebook,
+    Grant,
+    MissingFiles,
+    NotebookRequest,
+    NotStarted,
+    RefusedNotebook,
+    Reply,
+    SourceFiles,
+    WorkerFacts,
+)
+from safe_exec.batch.cluster.placement import NotebookNeeds
+from safe_exec.batch.fingerprint import describe_differences, key_of_run, pass_key
+from safe_exec.batch.history import RunHistory
+from safe_exec.batch.journal import Journal, JournalRecord
+from safe_exec.batch.outcome import REFUSED_CODE
+from safe_exec.batch.queue import BatchListener, NotebookQueue, Plan, not_run
+from safe_exec.batch.worker import NotebookTask, record_of, record_without_verdict
+from safe_exec.errors import ClusterError, UsageError
+from safe_exec.files import OutputDirectory, OutputRoot, one_line
+from safe_exec.model import events
+from safe_exec.model.events import EventSink
+from safe_exec.model.limits import Wall
+from safe_exec.model.verdict import Status, Verdict
+from safe_exec.reports.batch.results import REFUSED
+from safe_exec.workflows.prepare import PreparedJob, prepare
+from safe_exec.workflows.run import abandon_job
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+WATCH_SECONDS = 1.0
+"""The time between two looks at the workers of the cluster."""
+FIRST_WATCH_SECONDS = 0.1
+SIGNAL_SECONDS = 60.0
+"""The time that notebooks have to end after a signal, with their search and their documents."""
+SPARE = 4
+"""Requests beyond the number of threads, so that no worker waits for the runner."""
+_EVENTS = msgspec.json.Decoder(
+    events.RunStarted
+    | events.KernelReady
+    | events.CellStarted
+    | events.UsageSampled
+    | events.Killed
+    | events.SearchStarted
+    | events.SearchTrialStarted
+    | events.SearchTrialFinished
+    | events.SearchFinished
+)
+
+
+class WaitingNotebook(Struct, frozen=True, kw_only=True):
+    """A notebook that waits for a worker.
+
+    ``cwd`` is where it runs, ``key`` the fingerprint of the run, ``inputs`` the hashes of the files
+    that it declares. ``losses`` are the machines whose workers were lost while they ran it.
+    """
+
+    task: NotebookTask
+    cwd: Path
+    kernel: str
+    needs: NotebookNeeds
+    source: SourceFiles
+    key: str
+    inputs: Mapping[str, str | None]
+    attempt: int = 1
+    losses: tuple[str, ...] = ()
+
+
+class Flight:
+    """A notebook that was given to dask."""
+
+    def __init__(self, waiting: WaitingNotebook) -> None:
+        self.waiting = waiting
+        self.name = f"safe-exec-{uuid.uuid4().hex}"
+        self.losses = list(waiting.losses)
+        self.future: Future[Reply] | None = None
+        self.machine: str | None = None
+        self.sink: EventSink | None = None
+        # Taken back before it started: dask's task is cancelled, and the notebook waits again.
+        self.withdrawn = False
+        # The reply has arrived: whatever dask does with the task, it must not start again.
+        self.settled = False
+
+
+class ClusterScheduler(NotebookQueue[WaitingNotebook]):
+    """Runs the notebooks of a batch on a cluster."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        tree: OutputRoot,
+        journal: Journal,
+        listener: BatchListener,
+        *,
+        address: ClusterAddress,
+    ) -> None:
+        super().__init__(plan, tree, journal, listener)
+        self.address = address
+        self.batch = f"safe-exec-{uuid.uuid4().hex}"
+        self.workers: dict[str, WorkerFacts] = {}
+        # Addresses that cannot be used, so that each is reported once.
+        self.unusable: set[str] = set()
+        self.flights: dict[str, Flight] = {}
+        self.tasks: dict[asyncio.Task[None], Flight] = {}
+        self.changed = asyncio.Event()
+        # Digests of archives by their folder.
+        self.archive_of: dict[str, str] = {}
+        self.packing = threading.Lock()
+        self.transfers: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self.forwarded = 0
+        self.stop_deadline: float | None = None
+        self.environments: dict[str, asyncio.Task[str]] = {}
+        self.adopted = False
+
+    # --- the run --------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Run all notebooks; on return each has a result and nothing is running."""
+        with tempfile.TemporaryDirectory(prefix="safe-exec-archives-") as directory:
+            self.archives = Path(directory)
+            async with connected(self.address, self._local_memory()) as client:
+                self.client: Client = client
+                if client.dashboard_link:
+                    self.listener.note(f"dask dashboard: {client.dashboard_link}")
+                client.subscribe_topic(self.batch, self._receive_event)
+                watching = asyncio.create_task(self._watch_workers())
+                try:
+                    await self._run_all()
+                finally:
+                    watching.cancel()
+                    for flight in self.flights.values():
+                        await self._release(flight)
+        for notebook in (*(waiting.task.notebook for waiting in self.waiting), *self.todo):
+            self.results[notebook.path] = not_run(notebook)
+
+    async def _run_all(self) -> None:
+        await self._wait_for_workers()
+        while True:
+            self._adopt_memory()
+            while not self.stopped and len(self.flights) < self._most_flights():
+                waiting = await self._next()
+                if waiting is None:
+                    break
+                self._submit(waiting)
+            if self.stopped:
+                await self._stop()
+            if self.trouble is not None:
+                await self._give_back()
+                return
+            if not self.tasks and (self.stopped or not (self.waiting or self.todo)):
+                return
+            await self._wait_for_change()
+
+    async def _give_back(self) -> None:
+        """Let go of all notebooks after the scheduler was lost; --resume runs them."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.wait(self.tasks) if self.tasks else None
+        for flight in self.tasks.values():
+            if flight.waiting.task.notebook.path not in self.results:
+                self.results[flight.waiting.task.notebook.path] = not_run(
+                    flight.waiting.task.notebook
+                )
+
+    async def _wait_for_workers(self) -> None:
+        is_announced = False
+        while not self.workers and not self.stopped and self.trouble is None:
+            if not is_announced and self.address.kind != LOCAL:
+                self.listener.note(f"waiting for workers of {self.address.text}")
+                is_announced = True
+            await self._wait_for_change()
+
+    async def _wait_for_change(self) -> None:
+        """Wait until a notebook ends, a worker comes or goes, or a signal arrives."""
+        self.changed.clear()
+        waker = asyncio.create_task(self.changed.wait())
+        # Signals only leave a number behind, so they are looked for now and then.
+        finished_tasks, _ = await asyncio.wait(
+            [waker, *self.tasks], timeout=FIRST_WATCH_SECONDS, return_when=asyncio.FIRST_COMPLETED
+        )
+        waker.cancel()
+        for task in finished_tasks - {waker}:
+            del self.tasks[task]  # type: ignore[arg-type]
+            task.result()
+
+    def _most_flights(self) -> int:
+        threads = sum(worker.threads for worker in self.workers.values())
+        # Without a worker nothing is submitted: dask does not reconsider tasks of unknown resources
+        # when a worker announces them later.
+        if not threads:
+            return 0
+        jobs = self.plan.capacity.jobs
+        return min(jobs, threads + SPARE) if jobs else threads + SPARE
+
+    async def _next(self) -> WaitingNotebook | None:
+        """Remove and return the first waiting notebook, reading more as needed."""
+        while not self.waiting and self.todo and not self.stopped:
+            await self.read_notebook(self.todo.pop(0))
+        return self.waiting.pop(0) if self.waiting else None
+
+    # --- the workers ----------------------------------------------------------------------------
+
+    async def _watch_workers(self) -> None:
+        """Keep ``workers`` up to date, and notice the end of the scheduler."""
+        while self.trouble is None:
+            try:
+                if self.client.status != "running":
+                    raise ClusterError("connection lost")  # noqa: TRY301 - the same as any error below
+                await self._update_workers()
+            # Whatever the transport raises, the scheduler cannot be asked any more.
+            except Exception as error:  # noqa: BLE001
+                self.trouble = (
+                    f"the dask scheduler of {self.address.text} was lost ({one_line(error)}); "
+                    "finished notebooks are recorded; continue with --resume"
+                )
+                self.changed.set()
+                return
+            await asyncio.sleep(WATCH_SECONDS if self.workers else FIRST_WATCH_SECONDS)
+
+    async def _update_workers(self) -> None:
+        # The client's own list may be cut short, and a second old.
+        scheduler: Any = self.client.scheduler
+        current = (await scheduler.identity(n_workers=-1))["workers"]
+        for address in self.workers.keys() - current.keys():
+            del self.workers[address]
+            self.changed.set()
+        fresh = [address for address in current if address not in self.workers]
+        unknown = [address for address in fresh if address not in self.unusable]
+        if unknown:
+            await self._prepare_workers(unknown)
+        if not self.workers:
+            # dask would leave their tasks pending for ever: see _most_flights.
+            for flight in tuple(self.flights.values()):
+                await self._withdraw(flight)
+        self._show_load()
+
+    async def _prepare_workers(self, addresses: list[str]) -> None:
+        from safe_exec.batch.cluster.task import prepare_worker
+
+        is_local = self.address.kind == LOCAL
+        answers = await self.client.run(
+            prepare_worker,
+            self.plan.template.mechanisms,
+            self._local_memory(),
+            # Local workers have one thread each and share all processors.
+            float(os.cpu_count() or 1) if is_local else None,
+            workers=addresses,
+            on_error="return",
+        )
+        for address, facts in answers.items():
+            if not isinstance(facts, WorkerFacts):
+                self._reject(address, f"safe-exec cannot run there: {one_line(facts)}")
+            elif facts.version != __version__:
+                self._reject(address, f"it has safe-exec {facts.version}, this is {__version__}")
+            else:
+                self.workers[address] = facts
+                self.changed.set()
+
+    def _reject(self, address: str, reason: str) -> None:
+        # A worker that leaves while it is asked is reported by its absence.
+        self.unusable.add(address)
+        self.listener.note(f"worker {address} gets no notebooks: {reason}")
+
+    def _local_memory(self) -> int | None:
+        machine = self.plan.template.machine
+        # The template's machine has the share of one notebook already.
+        return machine.memory_total if machine is not None and self.address.kind == LOCAL else None
+
+    def _adopt_memory(self) -> None:
+        """Let limits in per cent refer to the smallest worker."""
+        machine, self_made = self.plan.template.machine, self.address.kind == LOCAL
+        if machine is None or self_made or not self.workers or self.adopted:
+            return
+        # Once: a worker that joins later must not change the limits of the batch.
+        self.adopted = True
+        memory = min(worker.memory for worker in self.workers.values())
+        template = replace(self.plan.template, machine=replace(machine, memory_total=memory))
+        self.plan = replace(self.plan, template=template)
+
+    def _show_load(self) -> None:
+        running = Counter(flight.machine for flight in self.flights.values() if flight.machine)
+        threads: Counter[str] = Counter()
+        for worker in self.workers.values():
+            threads[worker.machine] += worker.threads
+        self.listener.load({name: (running[name], count) for name, count in threads.items()})
+
+    # --- one notebook ---------------------------------------------------------------------------
+
+    def enqueue(
+        self, task: NotebookTask, prepared: PreparedJob, inputs: Mapping[str, str | None]
+    ) -> WaitingNotebook | JournalRecord:
+        """Return the notebook as it waits."""
+        limits, isolation = prepared.limits.values, prepared.limits.isolation
+        enforced = {str(name) for name in prepared.limits.required}
+        if isolation.required:
+            walls = prepared.plan().walls
+            # As in require_walls: only root can run the kernel as another user.
+            enforced |= {str(wall) for wall in walls if wall is not Wall.USER}
+        return WaitingNotebook(
+            task=replace(task, job=replace(task.job, resolved=prepared.limits.resolved)),
+            cwd=prepared.paths.cwd,
+            kernel=prepared.kernel_name,
+            needs=NotebookNeeds(
+                memory=limits.memory,
+                cpus=max(limits.cpus or 1.0, 1.0),
+                enforced=frozenset(enforced),
+            ),
+            source=files.describe(task.job.path, prepared.notebook.sha256),
+            key=key_of_run(prepared),
+            inputs=inputs,
+        )
+
+    def _submit(self, waiting: WaitingNotebook) -> None:
+        from safe_exec.batch.cluster.task import run_notebook
+
+        workers = list(self.workers.values())
+        reason = placement.refusal(waiting.needs, workers)
+        if reason is not None:
+            self._finish_without_verdict(waiting, REFUSED, REFUSED_CODE, reason)
+            return
+        flight = Flight(waiting)
+        others = placement.elsewhere(flight.losses, waiting.needs, workers)
+        flight.future = self.client.submit(
+            run_notebook,
+            self._request(flight),
+            key=flight.name,
+            pure=False,
+            resources=placement.resources(waiting.needs, workers),
+            # After a loss on another machine, if there is one.
+            workers=others if flight.losses and others else None,
+            retries=0,
+        )
+        self.flights[flight.name] = flight
+        self.tasks[asyncio.create_task(self._fly(flight))] = flight
+
+    def _request(self, flight: Flight) -> NotebookRequest:
+        waiting = flight.waiting
+        job, notebook = waiting.task.job, waiting.task.notebook
+        # The worker provides the environment; only variables that the user set travel.
+        variables = {
+            name: value for name, value in (job.env or {}).items() if os.environ.get(name) != value
+        }
+        return NotebookRequest(
+            flight=flight.name,
+            batch=self.batch,
+            job=replace(job, machine=None, tree=None, sinks=(), env=None),
+            variables=variables,
+            cwd=os.getcwd(),
+            out=str(self.plan.out),
+            documents=notebook.documents,
+            path=notebook.path,
+            source=waiting.source,
+            key=waiting.key,
+            attempt=waiting.attempt,
+            last_attempt=waiting.attempt > self.plan.retries,
+        )
+
+    async def _fly(self, flight: Flight) -> None:
+        """Wait for the reply to a request, and record it."""
+        assert flight.future is not None
+        try:
+            reply = await flight.future
+        # dask cancels a task that was withdrawn, and all of them if the scheduler is lost.
+        except asyncio.CancelledError:
+            reply = NotStarted()
+        except Exception as error:  # noqa: BLE001 - dask passes on whatever went wrong on a worker
+            reply = self._reply_of_error(flight, error)
+        # From here on no task of this flight may start, whatever dask makes of a lost worker.
+        flight.settled = True
+        del self.flights[flight.name]
+        try:
+            await self._settle(flight, reply)
+        finally:
+            await self._release(flight)
+            self.changed.set()
+
+    def _reply_of_error(self, flight: Flight, error: Exception) -> Reply:
+        from distributed.scheduler import KilledWorker
+
+        # dask gave up after several losses; whether the notebook is to blame is decided here.
+        if isinstance(error, KilledWorker):
+            self._count_loss(flight)
+            return NotStarted()
+        return RefusedNotebook(message=f"{type(error).__name__}: {error}", usage=False)
+
+    async def _settle(self, flight: Flight, reply: Reply) -> None:
+        waiting = replace(flight.waiting, losses=tuple(flight.losses))
+        if isinstance(reply, FinishedNotebook):
+            retried = reply.transient and waiting.attempt <= self.plan.retries
+            if retried and not self.broadcast.signals:
+                self.waiting.insert(0, replace(waiting, attempt=waiting.attempt + 1))
+                return
+            record = replace(reply.record, machine=flight.machine, losses=waiting.losses)
+            try:
+                await asyncio.to_thread(self._write, reply.documents)
+            except OSError as error:
+                message = f"its documents could not be written: {error}"
+                self._finish_without_verdict(
+                    waiting,
+                    str(Status.INTERNAL_ERROR),
+                    Status.INTERNAL_ERROR.exit_code,
+                    message,
+                )
+                return
+            # A cancelled notebook is not recorded, so --resume runs it again.
+            if record.status != Status.CANCELLED:
+                await asyncio.to_thread(self.context.journal.finished, record)
+                await self._remember(waiting, record)
+            self.finish(waiting.task.notebook, record)
+        elif isinstance(reply, RefusedNotebook):
+            status = REFUSED if reply.usage else str(Status.INTERNAL_ERROR)
+            code = REFUSED_CODE if reply.usage else Status.INTERNAL_ERROR.exit_code
+            self._finish_without_verdict(waiting, status, code, reply.message)
+        elif isinstance(reply, MissingFiles):
+            await self._send_files(waiting, reply.address)
+        elif placement.is_given_up(flight.losses):
+            await self._give_up(waiting)
+        else:
+            self.waiting.insert(0, waiting)
+
+    def _write(self, documents: Mapping[str, bytes]) -> None:
+        """Write the documents of a notebook. Raises OSError."""
+        for name, data in documents.items():
+            folder = OutputDirectory(self.plan.out / name, self.tree)
+            try:
+                folder.write(data)
+            finally:
+                folder.close()
+
+    def _finish_without_verdict(
+        self, waiting: WaitingNotebook, status: str, code: int, message: str
+    ) -> None:
+        record = record_without_verdict(waiting.task, status, code, message)
+        self.finish(waiting.task.notebook, replace(record, losses=waiting.losses))
+
+    async def _remember(self, waiting: WaitingNotebook, record: JournalRecord) -> None:
+        """Store duration and fingerprint for later batches."""
+        passed = None
+        # A flaky notebook is not skipped next time: its pass was luck.
+        if record.status == Status.PASSED and not record.flaky:
+            environment = await self._environment(waiting.kernel)
+            passed = pass_key(waiting.key, waiting.cwd, environment, waiting.inputs)
+        history = RunHistory(seconds=record.seconds, passed=passed)
+        await asyncio.to_thread(self.history.put, waiting.task.notebook.source, history)
+
+    async def _give_up(self, waiting: WaitingNotebook) -> None:
+        machines = " and ".join(dict.fromkeys(waiting.losses))
+        count = len(waiting.losses)
+        message = (
+            f"worker lost {count} times, on {machines}: the notebook did not run to its end; "
+            "see the logs of the workers"
+        )
+        verdict = await asyncio.to_thread(self._write_lost_verdict, waiting, message)
+        record = record_of(waiting.task, verdict, waiting.attempt, waiting.key, self.tree.path)
+        record = replace(record, losses=waiting.losses, error=message)
+        await asyncio.to_thread(self.context.journal.finished, record)
+        self.finish(waiting.task.notebook, record)
+
+    def _write_lost_verdict(self, waiting: WaitingNotebook, message: str) -> Verdict:
+        return abandon_job(prepare(waiting.task.job), message)
+
+    # --- starts and losses ----------------------------------------------------------------------
+
+    async def _receive_event(self, event: tuple[float, dict[str, Any]]) -> None:
+        """Take a message from a task."""
+        _, message = event
+        flight = self.flights.get(message["flight"])
+        if message["kind"] == "start":
+            grant = self._decide(flight, message["worker"])
+            await self._answer(message["question"], message["worker"], grant)
+        elif flight is not None and flight.sink is not None:
+            for data in message["events"]:
+                flight.sink(_EVENTS.decode(data))
+
+    def _decide(self, flight: Flight | None, address: str) -> Grant:
+        """Decide whether a task may start its notebook."""
+        if flight is None or flight.settled or flight.withdrawn or self.stopped:
+            return Grant(allowed=False)
+        worker = self.workers.get(address)
+        machine = worker.machine if worker is not None else address
+        # dask repeats a task only after it lost the worker that ran it.
+        if flight.machine is not None:
+            self._count_loss(flight)
+            others = placement.elsewhere(flight.losses, flight.waiting.needs, self.workers.values())
+            if placement.is_given_up(flight.losses) or (machine in flight.losses and others):
+                return Grant(allowed=False)
+        flight.machine = machine
+        notebook, attempt = flight.waiting.task.notebook, flight.waiting.attempt
+        self.context.journal.started(notebook.path, attempt=attempt, run_id=flight.name)
+        flight.sink = self.listener.sink(notebook.path, attempt, machine)
+        neighbours = sum(w.threads for w in self.workers.values() if w.machine == machine)
+        return Grant(allowed=True, losses=tuple(flight.losses), neighbours=max(neighbours, 1))
+
+    def _count_loss(self, flight: Flight) -> None:
+        # A worker that was lost before the notebook started did it no harm.
+        if flight.machine is not None:
+            flight.losses.append(flight.machine)
+            path = one_line(flight.waiting.task.notebook.path)
+            self.listener.note(f"worker lost on {flight.machine}: {path} runs again")
+            flight.machine = None
+
+    async def _answer(self, question: str, address: str, grant: Grant) -> None:
+        from safe_exec.batch.cluster.task import answer
+
+        # If the worker is gone, dask repeats the task, which asks again.
+        with contextlib.suppress(OSError, asyncio.TimeoutError):
+            await self.client.run(answer, question, grant, workers=[address], on_error="ignore")
+
+    async def _withdraw(self, flight: Flight) -> None:
+        """Take back a notebook that has not started, or whose worker is gone."""
+        if not flight.withdrawn and flight.future is not None:
+            self._count_loss(flight)
+            flight.withdrawn = True
+            await flight.future.cancel()
+
+    async def _release(self, flight: Flight) -> None:
+        """Make dask forget the task, so that nothing repeats it."""
+        if flight.future is not None:
+            flight.future.release()
+
+    async def _stop(self) -> None:
+        """Take back what has not started, and pass signals on to what runs."""
+        from safe_exec.batch.cluster.task import forward_signal
+
+        for flight in tuple(self.flights.values()):
+            if flight.machine is None:
+                await self._withdraw(flight)
+        numbers = self.broadcast.signals[self.forwarded :]
+        self.forwarded += len(numbers)
+        for number in numbers:
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                await self.client.run(forward_signal, self.batch, number, on_error="ignore")
+        if numbers and self.stop_deadline is None:
+            self.stop_deadline = time.monotonic() + SIGNAL_SECONDS
+        # A worker that cannot be reached must not keep the user waiting for ever.
+        if self.stop_deadline is not None and time.monotonic() > self.stop_deadline:
+            for flight in tuple(self.flights.values()):
+                flight.machine = None
+                await self._withdraw(flight)
+
+    # --- files ----------------------------------------------------------------------------------
+
+    async def _send_files(self, waiting: WaitingNotebook, address: str) -> None:
+        """Send the notebook's surroundings to a machine that has not got them; queue it again."""
+        try:
+            source = await asyncio.to_thread(self._packed, waiting.source)
+        except (UsageError, OSError) as error:
+            self._finish_without_verdict(waiting, REFUSED, REFUSED_CODE, str(error))
+            return
+        assert source.archive is not None
+        worker = self.workers.get(address)
+        machine = worker.machine if worker is not None else address
+        transfer = self.transfers.get((machine, source.archive))
+        if transfer is None:
+            # One transfer for all notebooks that need the archive there.
+            transfer = asyncio.create_task(self._transfer(source.archive, address))
+            self.transfers[machine, source.archive] = transfer
+        try:
+            await asyncio.shield(transfer)
+        except Exception as error:  # noqa: BLE001 - the worker may be gone, or its disk full
+            self.transfers.pop((machine, source.archive), None)
+            if address in self.workers:
+                self._finish_without_verdict(
+                    waiting,
+                    str(Status.INTERNAL_ERROR),
+                    Status.INTERNAL_ERROR.exit_code,
+                    f"its files could not be sent to {machine}: {one_line(error)}",
+                )
+                return
+        self.waiting.insert(0, replace(waiting, source=source))
+
+    def _packed(self, source: SourceFiles) -> SourceFiles:
+        with self.packing:
+            chosen = files.with_base(source, self.tree.path)
+            if chosen.base not in self.archive_of:
+                self.archive_of[chosen.base] = files.pack(
+                    Path(chosen.base), self.tree.path, self.archives
+                )
+        return replace(chosen, archive=self.archive_of[chosen.base])
+
+    async def _transfer(self, digest: str, address: str) -> None:
+        from safe_exec.batch.cluster.task import put_piece
+
+        transfer, path = uuid.uuid4().hex, self.archives / digest
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            while data := file.read(files.PIECE_BYTES):
+                last = file.tell() >= size
+                await self.client.run(put_piece, digest, transfer, data, last, workers=[address])
+
+    # --- environments ---------------------------------------------------------------------------
+
+    async def _environment(self, kernel: str) -> str:
+        """Describe a kernel on all machines; warn once if they differ."""
+        if kernel not in self.environments:
+            self.environments[kernel] = asyncio.create_task(self._collect_environment(kernel))
+        return await asyncio.shield(self.environments[kernel])
+
+    async def _collect_environment(self, kernel: str) -> str:
+        from safe_exec.batch.cluster.task import kernel_environment
+
+        addresses = {worker.machine: address for address, worker in self.workers.items()}
+        answers = await self.client.run(
+            kernel_environment, kernel, workers=list(addresses.values()), on_error="ignore"
+        )
+        texts = {machine: answers[a] for machine, a in addresses.items() if a in answers}
+        difference = describe_differences(texts)
+        if difference:
+            self.listener.note(f"kernel {kernel} differs between workers: {difference}")
+        return json.dumps(sorted(set(texts.values())))
