@@ -193,9 +193,11 @@ class Journal:
         """Record the start of a batch, or of its continuation."""
         self._put(_BATCH_STARTED, facts, sync=True)
 
-    def started(self, path: str, *, attempt: int, run_id: str) -> None:
-        """Record the start of a notebook."""
-        self._put(_STARTED, {"path": path, "attempt": attempt, "run_id": run_id}, sync=False)
+    def started(self, path: str, *, attempt: int, run_id: str, machine: str | None = None) -> None:
+        """Record the start of a notebook, on ``machine`` of a cluster."""
+        facts = {"path": path, "attempt": attempt, "run_id": run_id}
+        place = {} if machine is None else {"machine": machine}
+        self._put(_STARTED, {**facts, **place}, sync=False)
 
     def finished(self, record: JournalRecord, *, time: float | None = None) -> None:
         """Record a notebook that finished at ``time`` [now]; the record is on disk on return."""

@@ -254,7 +254,7 @@ async def run_batch(
                 safe_exec_version=__version__,
                 limits=plan.limits,
                 shard=plan.shard,
-                jobs=plan.capacity.jobs,
+                jobs=max(1, scheduler.jobs),
                 cancelled=cancelled,
                 resumed=plan.resume and not journal.past.empty,
             )

@@ -176,7 +176,7 @@ def _run(task: NotebookTask, context: BatchContext, gate: StartGate) -> JournalR
             prepared = start_clock(prepared)
             context.journal.started(task.notebook.path, attempt=attempt, run_id=prepared.run_id)
             verdict = asyncio.run(
-                _attempt(
+                run_attempt(
                     prepared,
                     context.sink(task.notebook.path, attempt),
                     context.broadcast,
@@ -219,7 +219,7 @@ def _never(_verdict: Verdict) -> bool:
     return False
 
 
-async def _attempt(
+async def run_attempt(
     prepared: PreparedJob,
     sink: EventSink,
     broadcast: SignalBroadcast,

@@ -71,14 +71,23 @@ class Diagnosis(Struct, frozen=True, kw_only=True):
 @click.option(
     "--mechanisms", metavar="NAME,...", help=f"Only these mechanisms: {', '.join(CHOOSABLE)}."
 )
+@click.option(
+    "--cluster",
+    metavar="WHERE",
+    help="Check every worker of a dask cluster: tcp://host:8786, a scheduler file, dask, ...",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(profile: str | None, mechanisms: str | None, as_json: bool) -> int:
+def command(profile: str | None, mechanisms: str | None, cluster: str | None, as_json: bool) -> int:
     """Show what enforces each limit and wall on this machine, and how to fix the weak ones.
 
     Exit codes: 0 if the operating system enforces memory, cpus, processes, open_files and file_size
     (with --limits: those of them that are set there), so that `safe-exec run --require all` would
-    run; 1 if it does not; 2 bad usage.
+    run; 1 if it does not; 2 bad usage. With --cluster: 0 only if that holds on every worker.
     """
+    if cluster is not None:
+        from safe_exec.cli import doctor_cluster
+
+        return doctor_cluster.show(cluster, profile, mechanisms, as_json=as_json)
     diagnosis = diagnose(profile, mechanisms)
     if as_json:
         click.echo(json.dumps(as_document(diagnosis), indent=2))

@@ -54,6 +54,10 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 OF_OTHER_TOOLS = {
+    "docs/cluster.md": {
+        *("--scheduler-file", "--nworkers", "--nthreads", "--memory-limit", "--resources"),
+        *("--array", "--cpus-per-task", "--mem", "--wait"),
+    },
     "docs/limits.md": {"--user", "--scope"},
     "docs/integrations.md": {
         *(f"--safe-exec-{name.value.replace('_', '-')}" for name in LimitName),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import re
 from collections.abc import AsyncIterator
@@ -92,7 +93,11 @@ async def connected(address: ClusterAddress, memory: int | None) -> AsyncIterato
     import dask
     from distributed import Client
 
-    # Warnings of dask about its own settings are not for the users of a batch.
+    # dask logs each lost connection with a traceback; what matters to the user is reported by us.
+    for name in list(logging.root.manager.loggerDict):
+        # Each of its loggers has a level of its own.
+        if name.partition(".")[0] == "distributed":
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     dask.config.set({"distributed.comm.timeouts.connect": f"{CONNECT_SECONDS}s"})
     async with contextlib.AsyncExitStack() as stack:
         try:

@@ -11,7 +11,6 @@ import asyncio
 import logging
 import os
 import shutil
-import signal
 import socket
 import threading
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import msgspec
+from msgspec import Struct
 from msgspec.structs import replace
 
 # Imported before the fork, so that no notebook waits for them.
@@ -35,7 +35,13 @@ from safe_exec.batch.cluster.messages import (
 )
 from safe_exec.batch.retry import is_transient
 from safe_exec.batch.selection import SelectedNotebook
-from safe_exec.batch.worker import NotebookTask, record_of, reserve_for_others
+from safe_exec.batch.worker import (
+    NotebookTask,
+    SignalBroadcast,
+    record_of,
+    reserve_for_others,
+    run_attempt,
+)
 from safe_exec.diagnosis import verdict as _diagnosis  # noqa: F401
 from safe_exec.errors import SafeExecError, UsageError
 from safe_exec.kernel.prestart import PrestartedKernel
@@ -46,7 +52,6 @@ from safe_exec.sandbox.host.capabilities import HostCapabilities, detect, probe_
 from safe_exec.trial import run as _trial  # noqa: F401
 from safe_exec.workflows import bisect as _bisect  # noqa: F401
 from safe_exec.workflows.prepare import Job, prepare
-from safe_exec.workflows.run import run_job
 
 log = logging.getLogger("safe_exec")
 
@@ -77,13 +82,13 @@ def serve(connection: socket.socket, directory: Path, machine: HostCapabilities)
     """Run the notebook of the first message; never returns."""
     # The fork must not go on as a fork server, whatever happens.
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         request, grant = receive(connection)
-        threading.Thread(target=_obey, args=(connection,), daemon=True).start()
+        broadcast = SignalBroadcast()
+        threading.Thread(target=_obey, args=(connection, broadcast), daemon=True).start()
         scratch = directory / str(os.getpid())
         scratch.mkdir()
         try:
-            reply = run(request, grant, scratch, machine, connection)
+            reply = Execution(request, grant, scratch, machine, connection, broadcast).run()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         send(connection, reply)
@@ -95,7 +100,7 @@ def serve(connection: socket.socket, directory: Path, machine: HostCapabilities)
     os._exit(1)
 
 
-def _obey(connection: socket.socket) -> NoReturn:
+def _obey(connection: socket.socket, broadcast: SignalBroadcast) -> NoReturn:
     """Take signals from the worker, and exit with it."""
     while True:
         try:
@@ -103,90 +108,85 @@ def _obey(connection: socket.socket) -> NoReturn:
         except (EOFError, OSError):
             # The keeper notices the end of this process, kills the kernel and cleans up.
             os._exit(1)
-        os.kill(os.getpid(), number)
+        broadcast.receive(number)
 
 
-def run(
-    request: NotebookRequest,
-    grant: Grant,
-    scratch: Path,
-    machine: HostCapabilities,
-    connection: socket.socket,
-) -> Reply:
-    """Run a notebook with its documents below ``scratch``, and return them."""
-    try:
-        workspace = files.enter(request, scratch / "files")
-        job = _job_here(workspace.job, request, scratch / "documents", machine)
-        return _run(job, request, grant, workspace, connection)
-    # The notebook was valid on the runner: it has changed since, or this machine lacks a path.
-    except UsageError as error:
-        return RefusedNotebook(message=str(error), usage=True)
-    # One broken notebook must not end the batch: the error becomes its record.
-    except Exception as error:
-        log.exception("%s: safe-exec failed", request.path)
-        text = (
-            str(error) if isinstance(error, SafeExecError) else f"{type(error).__name__}: {error}"
+class Execution(Struct, frozen=True):
+    """One notebook on this machine, with its documents below ``scratch``."""
+
+    request: NotebookRequest
+    grant: Grant
+    scratch: Path
+    machine: HostCapabilities
+    connection: socket.socket
+    broadcast: SignalBroadcast
+
+    def run(self) -> Reply:
+        """Run the notebook, and return its documents."""
+        try:
+            workspace = files.enter(self.request, self.scratch / "files")
+            return self._run(self._job(workspace), workspace)
+        # The notebook was valid on the runner: it has changed since, or this machine lacks a path.
+        except UsageError as error:
+            return RefusedNotebook(message=str(error), usage=True)
+        # One broken notebook must not end the batch: the error becomes its record.
+        except Exception as error:
+            log.exception("%s: safe-exec failed", self.request.path)
+            is_ours = isinstance(error, SafeExecError)
+            message = str(error) if is_ours else f"{type(error).__name__}: {error}"
+            return RefusedNotebook(message=message, usage=False)
+
+    def _job(self, workspace: files.Workspace) -> Job:
+        """Return the job with the paths, capabilities and environment of this machine."""
+        job, variables = workspace.job, self.request.variables
+        base = workspace.documents / self.request.documents
+        base.parent.mkdir(parents=True)
+        job = replace(
+            job,
+            output=base.with_name(f"{base.name}.out.ipynb"),
+            verdict=base.with_name(f"{base.name}.verdict.json"),
+            repro=base.with_name(f"{base.name}.repro.ipynb"),
+            own_paths=(*job.own_paths, workspace.documents),
+            env={**os.environ, **variables} if variables else None,
+            # Mechanisms that the user excluded change what can be detected.
+            machine=self.machine if job.mechanisms is None else None,
         )
-        return RefusedNotebook(message=text, usage=False)
+        assert job.resolved is not None
+        return reserve_for_others(job, job.resolved.limits, self.grant.neighbours)
 
-
-def _job_here(
-    job: Job, request: NotebookRequest, documents: Path, machine: HostCapabilities
-) -> Job:
-    base = documents / request.documents
-    base.parent.mkdir(parents=True)
-    return replace(
-        job,
-        output=base.with_name(f"{base.name}.out.ipynb"),
-        verdict=base.with_name(f"{base.name}.verdict.json"),
-        repro=base.with_name(f"{base.name}.repro.ipynb"),
-        own_paths=(*job.own_paths, documents),
-        env={**os.environ, **request.variables} if request.variables else None,
-        # Mechanisms that the user excluded change what can be detected.
-        machine=machine if job.mechanisms is None else None,
-    )
-
-
-def _run(
-    job: Job,
-    request: NotebookRequest,
-    grant: Grant,
-    workspace: files.Workspace,
-    connection: socket.socket,
-) -> FinishedNotebook:
-    limits = job.resolved.limits if job.resolved is not None else None
-    if limits is not None:
-        job = reserve_for_others(job, limits, grant.neighbours)
-
-    def is_searched(verdict: Verdict) -> bool:
-        return request.last_attempt or not is_transient(verdict)
-
-    with PrestartedKernel() as kernel:
-        prepared = prepare(job, kernel)
-        losses = tuple(
-            f"worker lost: {machine} stopped while it ran this notebook, which ran again"
-            for machine in grant.losses
+    def _run(self, job: Job, workspace: files.Workspace) -> FinishedNotebook:
+        request = self.request
+        is_retried = _never if request.last_attempt else is_transient
+        with PrestartedKernel() as kernel:
+            prepared = prepare(job, kernel)
+            losses = tuple(
+                f"worker lost: {machine} stopped while it ran this notebook, which ran again"
+                for machine in self.grant.losses
+            )
+            prepared = replace(prepared, limits=prepared.limits.with_warnings(losses))
+            sender = EventSender(self.connection)
+            verdict = asyncio.run(run_attempt(prepared, sender, self.broadcast, is_retried))
+        task = NotebookTask(
+            notebook=SelectedNotebook(
+                source=job.path, path=request.path, documents=request.documents
+            ),
+            job=job,
         )
-        prepared = replace(prepared, limits=prepared.limits.with_warnings(losses))
-        verdict = asyncio.run(
-            run_job(prepared, (EventSender(connection),), worth_a_search=is_searched)
+        documents = workspace.documents
+        record = record_of(task, verdict, request.attempt, request.key, documents)
+        names = [name for name in (record.verdict, record.notebook, record.repro) if name]
+        return FinishedNotebook(
+            record=record,
+            documents={
+                name: files.with_original_paths((documents / name).read_bytes(), workspace)
+                for name in names
+            },
+            transient=is_transient(verdict),
         )
-    assert job.output is not None
-    documents = workspace.documents
-    task = NotebookTask(
-        notebook=SelectedNotebook(source=job.path, path=request.path, documents=request.documents),
-        job=job,
-    )
-    record = record_of(task, verdict, request.attempt, request.key, documents)
-    names = [name for name in (record.verdict, record.notebook, record.repro) if name is not None]
-    return FinishedNotebook(
-        record=record,
-        documents={
-            name: files.with_original_paths((documents / name).read_bytes(), workspace)
-            for name in names
-        },
-        transient=is_transient(verdict),
-    )
+
+
+def _never(_verdict: Verdict) -> bool:
+    return False
 
 
 class EventSender:

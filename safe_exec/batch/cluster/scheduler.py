@@ -18,6 +18,8 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +107,8 @@ class Flight:
         self.name = f"safe-exec-{uuid.uuid4().hex}"
         self.losses = list(waiting.losses)
         self.future: Future[Reply] | None = None
+        # The worker that runs it.
+        self.address: str | None = None
         self.machine: str | None = None
         self.sink: EventSink | None = None
         # Taken back before it started: dask's task is cancelled, and the notebook waits again.
@@ -216,8 +220,7 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
 
     def _most_flights(self) -> int:
         threads = sum(worker.threads for worker in self.workers.values())
-        # Without a worker nothing is submitted: dask does not reconsider tasks of unknown resources
-        # when a worker announces them later.
+        # Without a worker nothing is submitted: see _place_again.
         if not threads:
             return 0
         jobs = self.plan.capacity.jobs
@@ -252,18 +255,26 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
         # The client's own list may be cut short, and a second old.
         scheduler: Any = self.client.scheduler
         current = (await scheduler.identity(n_workers=-1))["workers"]
-        for address in self.workers.keys() - current.keys():
+        departed = self.workers.keys() - current.keys()
+        for address in departed:
             del self.workers[address]
+        fresh = current.keys() - self.workers.keys() - self.unusable
+        if fresh:
+            await self._prepare_workers(sorted(fresh))
+        if departed or fresh:
+            await self._place_again(departed)
+            threads = sum(worker.threads for worker in self.workers.values())
+            self.jobs = max(self.jobs, min(threads, self.plan.capacity.jobs or threads))
             self.changed.set()
-        fresh = [address for address in current if address not in self.workers]
-        unknown = [address for address in fresh if address not in self.unusable]
-        if unknown:
-            await self._prepare_workers(unknown)
-        if not self.workers:
-            # dask would leave their tasks pending for ever: see _most_flights.
-            for flight in tuple(self.flights.values()):
-                await self._withdraw(flight)
         self._show_load()
+
+    async def _place_again(self, departed: AbstractSet[str]) -> None:
+        """Let dask place what has not started, and what a departed worker ran, once more."""
+        # dask does not reconsider a task without a fitting worker when a worker announces its
+        # resources later. And tasks that wait at a busy worker may start earlier at a new one.
+        for flight in tuple(self.flights.values()):
+            if flight.address is None or flight.address in departed:
+                await self._withdraw(flight)
 
     async def _prepare_workers(self, addresses: list[str]) -> None:
         from safe_exec.batch.cluster.task import prepare_worker
@@ -285,7 +296,6 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
                 self._reject(address, f"it has safe-exec {facts.version}, this is {__version__}")
             else:
                 self.workers[address] = facts
-                self.changed.set()
 
     def _reject(self, address: str, reason: str) -> None:
         # A worker that leaves while it is asked is reported by its absence.
@@ -392,7 +402,7 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
         try:
             reply = await flight.future
         # dask cancels a task that was withdrawn, and all of them if the scheduler is lost.
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, CancelledError):
             reply = NotStarted()
         except Exception as error:  # noqa: BLE001 - dask passes on whatever went wrong on a worker
             reply = self._reply_of_error(flight, error)
@@ -515,9 +525,11 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
             others = placement.elsewhere(flight.losses, flight.waiting.needs, self.workers.values())
             if placement.is_given_up(flight.losses) or (machine in flight.losses and others):
                 return Grant(allowed=False)
-        flight.machine = machine
+        flight.machine, flight.address = machine, address
         notebook, attempt = flight.waiting.task.notebook, flight.waiting.attempt
-        self.context.journal.started(notebook.path, attempt=attempt, run_id=flight.name)
+        self.context.journal.started(
+            notebook.path, attempt=attempt, run_id=flight.name, machine=machine
+        )
         flight.sink = self.listener.sink(notebook.path, attempt, machine)
         neighbours = sum(w.threads for w in self.workers.values() if w.machine == machine)
         return Grant(allowed=True, losses=tuple(flight.losses), neighbours=max(neighbours, 1))
@@ -528,7 +540,7 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
             flight.losses.append(flight.machine)
             path = one_line(flight.waiting.task.notebook.path)
             self.listener.note(f"worker lost on {flight.machine}: {path} runs again")
-            flight.machine = None
+            flight.machine = flight.address = None
 
     async def _answer(self, question: str, address: str, grant: Grant) -> None:
         from safe_exec.batch.cluster.task import answer
