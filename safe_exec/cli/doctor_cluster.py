@@ -98,7 +98,7 @@ def _diagnosis(address: str, worker: Mapping[str, Any], answer: Any) -> WorkerDi
         return replace(size, error=reason)
     machine, version, document, environment = answer
     error = None if version == __version__ else f"it has safe-exec {version}, this is {__version__}"
-    return _with(
+    return replace(
         size,
         machine=machine,
         version=version,
