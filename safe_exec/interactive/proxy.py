@@ -51,6 +51,7 @@ class Waiting(Struct, kw_only=True):
     """A request without a reply yet. ``cell`` is the cell's index, for ``execute_request`` only.
 
     If ``is_held``, ``reply`` and ``idle`` are kept back until the cell's diagnosis is ready.
+    ``has_failed`` tells that the cell has sent an error.
     """
 
     channel: str
@@ -66,6 +67,7 @@ class Waiting(Struct, kw_only=True):
     execution_count: int | None = None
     cell_done: asyncio.Event | None = None
     is_held: bool = False
+    has_failed: bool = False
 
 
 class Proxy:
@@ -320,12 +322,18 @@ class Proxy:
 
     def _from_iopub(self, message: Message) -> None:
         waiting = self._waiting.get(message.parent_id)
-        if waiting is None or waiting.cell is None or waiting.cell != self.inner.state.current:
+        if waiting is None or waiting.cell is None:
             self.front.publish(message.frames)
             return
+        if waiting.cell != self.inner.state.current:
+            self._advance_to(message.parent_id)
         if message.kind == "status":
             self._from_status(message, waiting)
             return
+        if waiting.cell != self.inner.state.current:
+            self.front.publish(message.frames)
+            return
+        waiting.has_failed |= message.kind == "error"
         if message.kind == "execute_input":
             with contextlib.suppress(NotAMessage):
                 count = message.content().get("execution_count")
@@ -337,6 +345,20 @@ class Proxy:
             self.front.publish(frames)
         elif (mark := self.inner.cut_mark()) is not None:
             self.front.announce("stream", {"name": "stderr", "text": mark}, waiting.header)
+
+    def _advance_to(self, msg_id: str) -> None:
+        """End the accounts of the current cell if the kernel has gone on to the next one."""
+        # Replies and output come over two sockets. The output of a queued cell can arrive before the
+        # reply to the cell ahead of it, whose ``idle`` then has arrived: one socket keeps its order.
+        if len(self._cells) < 2 or self._cells[1] != msg_id:  # noqa: PLR2004 - a current and a next one
+            return
+        waiting = self._waiting[self._cells[0]]
+        if waiting.idle is None or waiting.is_held or waiting.cell != self.inner.state.current:
+            return
+        assert waiting.cell is not None
+        del self._cells[0]
+        self.inner.end(waiting.cell, failed=waiting.has_failed, counts=waiting.counts)
+        self._begin_next()
 
     def _from_status(self, message: Message, waiting: Waiting) -> None:
         state: Any = None
@@ -362,13 +384,19 @@ class Proxy:
     def _finish(self, msg_id: str, waiting: Waiting) -> None:
         assert waiting.cell is not None
         del self._waiting[msg_id]
-        self._cells.remove(msg_id)
-        if self.inner.state.current == waiting.cell:
-            failed = (waiting.content or {}).get("status") == "error"
-            self.inner.end(waiting.cell, failed=failed, counts=waiting.counts)
-        else:
-            # ipykernel aborts queued cells after an error; this one never ran.
-            self.inner.discount(waiting.cell)
+        status = (waiting.content or {}).get("status")
+        # A cell whose accounts ended before its reply is no longer in the list.
+        if msg_id in self._cells:
+            self._cells.remove(msg_id)
+            # ipykernel aborts queued cells after an error: such a cell never ran.
+            if status == "aborted" and waiting.counts and self.inner.state.current == waiting.cell:
+                if self._recording is not None:
+                    self._recording.drop_last()
+                waiting.counts = False
+            if self.inner.state.current == waiting.cell:
+                self.inner.end(waiting.cell, failed=status == "error", counts=waiting.counts)
+            else:
+                self.inner.discount(waiting.cell)
         self._begin_next()
         if not self._is_paused("shell"):
             self.front.resume()
@@ -481,6 +509,10 @@ class Proxy:
             if waiting is first:
                 continue
             kind = waiting.kind.removesuffix("_request") + "_reply"
+            if waiting.idle is not None:
+                # The cell ended before the kernel died; only its reply was lost.
+                self._reply(waiting, kind, _lost_reply(waiting))
+                continue
             if waiting.cell is not None:
                 content: dict[str, Any] = {"status": "aborted", "execution_count": None}
             else:
@@ -494,6 +526,14 @@ class Proxy:
     def _reply(self, waiting: Waiting, kind: str, content: dict[str, Any]) -> None:
         frames = self.front.author.frames(kind, content, waiting.header)
         self.front.reply(waiting.channel, waiting.client, [*waiting.identities, *frames])
+
+
+def _lost_reply(waiting: Waiting) -> dict[str, Any]:
+    """The reply to a cell that ended, as far as its output tells."""
+    content: dict[str, Any] = {"execution_count": waiting.execution_count}
+    if waiting.has_failed:
+        return content | {"status": "error", "ename": "", "evalue": "", "traceback": []}
+    return content | {"status": "ok", "user_expressions": {}, "payload": []}
 
 
 def _cell_id(message: Message) -> str | None:

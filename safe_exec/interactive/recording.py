@@ -73,6 +73,10 @@ class Recording:
         """Record a cell that begins to run."""
         self._write({"executed": source, "id": cell_id, "at": _now()})
 
+    def drop_last(self) -> None:
+        """Record that the kernel refused the last cell, because an earlier one had failed."""
+        self._write({"aborted": True, "at": _now()})
+
     def restarted(self) -> None:
         """Record a restart; the new kernel has none of the earlier cells' state."""
         self._write({"restarted": True, "at": _now()})
@@ -197,7 +201,7 @@ def facts_of(path: Path) -> SessionFacts:
         kernel=str(first.get("kernel", "")),
         cwd=str(first.get("cwd", "")),
         limits=str(first.get("limits", "")),
-        cells=sum("executed" in line for line in lines),
+        cells=sum(("executed" in line) - ("aborted" in line) for line in lines),
         diagnoses=len(diagnoses),
         ended=str(last["ended"]) if last else None,
         survived=last.get("survived") is True,
@@ -227,6 +231,8 @@ def sources(path: Path) -> list[str]:
     for line in _lines(path):
         if "restarted" in line:
             cells.clear()
+        elif "aborted" in line:
+            del cells[-1:]
         elif "executed" in line:
             cells.append(str(line["executed"]))
     return cells

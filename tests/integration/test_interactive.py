@@ -19,6 +19,7 @@ import pytest
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
+from safe_exec.interactive.recording import sources
 from tests.support import MARK, marked_processes, safe_exec, wait_until
 
 READY_SECONDS = 90
@@ -189,6 +190,43 @@ def test_requests_behind_a_dying_cell_are_answered(tmp_path: Path, mark: str) ->
             assert [reply["status"] for reply in replies] == ["error", "aborted", "error"]
 
     asyncio.run(main())
+
+
+def test_the_cell_that_died_among_many_that_were_queued(tmp_path: Path, mark: str) -> None:
+    # As with "Run All": quick cells end while their replies are on the way over another socket.
+    async def main() -> None:
+        async with kernel(tmp_path) as k:
+            ids = [k.client.execute(f"x = {n}") for n in range(60)]
+            ids += [k.client.execute(SEGFAULT), k.client.execute("x")]
+            replies = {msg_id: await k.reply(msg_id) for msg_id in ids}
+            states = [reply["status"] for reply in replies.values()]
+            assert states == ["ok"] * 60 + ["error", "aborted"]
+            assert replies[ids[60]]["ename"] == "SafeExec: segfault"
+            while (message := await k.client.get_iopub_msg(timeout=30))["msg_type"] != "error":
+                pass
+            assert message["parent_header"]["msg_id"] == ids[60]
+            assert "Code cell 61, line 3" in "\n".join(message["content"]["traceback"])
+
+    asyncio.run(main())
+
+
+def test_cells_that_the_kernel_refused_after_an_error_are_no_part_of_the_session(
+    tmp_path: Path, mark: str
+) -> None:
+    async def main() -> None:
+        async with kernel(tmp_path) as k:
+            ids = [
+                k.client.execute(code) for code in ("import time; time.sleep(0.3); 1 / 0", "y", "z")
+            ]
+            assert [(await k.reply(msg_id))["status"] for msg_id in ids] == ["error"] + 2 * [
+                "aborted"
+            ]
+            await k.run(SEGFAULT)
+            assert "Code cell 2, line 3" in k.diagnosis
+
+    asyncio.run(main())
+    (path,) = (tmp_path / "state" / "safe-exec" / "sessions").glob("*.jsonl")
+    assert [source[:6] for source in sources(path)] == ["import", "import"]
 
 
 def test_input_reaches_the_client_that_asked(tmp_path: Path, mark: str) -> None:
