@@ -28,6 +28,11 @@ LOST = (
 _BOLD, _PLAIN = "\x1b[1m", "\x1b[0m"
 
 
+def idle_death(cause: str) -> str:
+    """A note on a kernel that died while no cell ran."""
+    return f"[safe-exec: the kernel before this one died while no cell ran: {cause}]\n"
+
+
 class Diagnosis:
     """One verdict, as messages for a client."""
 

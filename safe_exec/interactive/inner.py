@@ -188,8 +188,8 @@ class Inner(Trial):
 
     # --- cells ------------------------------------------------------------------------------------
 
-    def add_cell(self, source: str, metadata: dict[str, Any], cell_id: str | None) -> int:
-        """Append a cell to the trial's notebook and return its index."""
+    def add_cell(self, source: str, cell_id: str | None, msg_id: str) -> int:
+        """Append the cell of a request to the trial's notebook and return its index."""
         cells, records = self.state.request.node.cells, self.state.metrics.records
         index = len(cells)
         code_index, self._code_cells = self._code_cells, self._code_cells + 1
@@ -197,12 +197,15 @@ class Inner(Trial):
             NotebookNode(
                 cell_type="code",
                 source=source,
-                metadata=NotebookNode(metadata),
+                metadata=NotebookNode(),
                 outputs=[],
                 execution_count=None,
                 **({"id": cell_id} if cell_id else {}),
             )
         )
+        # Known from now on: the agent names the request that it works on, and a queued cell can crash
+        # before its accounts begin.
+        self.client.cells_by_request[msg_id] = index
         records[index] = CellRecord(
             index=index, code_index=code_index, id=cell_id, status=CellStatus.NOT_RUN
         )
@@ -213,7 +216,6 @@ class Inner(Trial):
         client, cell = self.client, self.state.request.node.cells[index]
         self.state.current = index
         client.running = (msg_id, cell, index)
-        client.cells_by_request[msg_id] = index
         client.begin_cell(self.limits.cell_output)
         client.clear_before_next_output = False
         self._stored, self._cut, self.waits_for_input = 0, False, False

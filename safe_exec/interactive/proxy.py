@@ -18,14 +18,14 @@ from typing import Any
 
 from msgspec import Struct
 
-from safe_exec.interactive.diagnosis import LOST, Diagnosis, session_note
+from safe_exec.interactive.diagnosis import LOST, Diagnosis, idle_death, session_note
 from safe_exec.interactive.front import ConnectionFile, Front
 from safe_exec.interactive.inner import Inner, start_error
 from safe_exec.interactive.recording import Recording
 from safe_exec.interactive.sockets import MOST_QUEUED, Peer
 from safe_exec.interactive.wire import Message, NotAMessage
 from safe_exec.model.ending import Died, Ending, TimedOut
-from safe_exec.model.verdict import Status
+from safe_exec.model.verdict import Status, Verdict
 
 # Requests that may wait for a reply. Further ones stay in the clients' sockets.
 MOST_WAITING = 10_000
@@ -245,7 +245,9 @@ class Proxy:
         source = content.get("code")
         cell_id = _cell_id(message)
         waiting.counts = content.get("silent") is not True
-        waiting.cell = self.inner.add_cell(source if isinstance(source, str) else "", {}, cell_id)
+        waiting.cell = self.inner.add_cell(
+            source if isinstance(source, str) else "", cell_id, message.id
+        )
         waiting.cell_done = asyncio.Event()
         self._cells.append(message.id)
 
@@ -394,7 +396,8 @@ class Proxy:
                     self._recording.drop_last()
                 waiting.counts = False
             if self.inner.state.current == waiting.cell:
-                self.inner.end(waiting.cell, failed=status == "error", counts=waiting.counts)
+                failed = status == "error" or waiting.has_failed
+                self.inner.end(waiting.cell, failed=failed, counts=waiting.counts)
             else:
                 self.inner.discount(waiting.cell)
         self._begin_next()
@@ -461,6 +464,7 @@ class Proxy:
             inner.close()
             self._code = 0
             return
+        self._skip_ended_cells(inner)
         msg_id = self._cells[0] if self._cells else None
         waiting = self._waiting.get(msg_id) if msg_id is not None else None
         diagnosis = await self._last_word(inner, waiting)
@@ -470,10 +474,29 @@ class Proxy:
         if self._on_death is OnDeath.EXIT:
             self._code = diagnosis.verdict.exit_code if status is not Status.PASSED else 0
             return
-        self._notes = [LOST]
+        self._notes = [LOST] if waiting is not None else [_idle_death(diagnosis.verdict), LOST]
         if self._recording is not None:
             self._recording.restarted()
         self.front.announce("status", {"execution_state": "restarting"})
+
+    def _skip_ended_cells(self, inner: Inner) -> None:
+        """Answer queued cells that ended before the one in which the kernel died."""
+        # A dying kernel loses what its threads had not sent yet: the reply or the ``idle`` of quick
+        # cells. The shared page still has the request that it worked on last.
+        inner.session.take_facts()
+        page_cell = inner.session.running_by_page()
+        while len(self._cells) > 1:
+            msg_id = self._cells[0]
+            waiting = self._waiting[msg_id]
+            is_behind = page_cell is not None and (waiting.cell or 0) < page_cell
+            is_over = waiting.reply is not None or waiting.idle is not None or is_behind
+            if waiting.is_held or not is_over:
+                return
+            if waiting.reply is None:
+                self._reply(waiting, "execute_reply", _lost_reply(waiting))
+            if waiting.idle is None:
+                self.front.announce("status", {"execution_state": "idle"}, waiting.header)
+            self._finish(msg_id, waiting)
 
     async def _last_word(self, inner: Inner, waiting: Waiting | None) -> Diagnosis:
         index = inner.state.current
@@ -498,8 +521,15 @@ class Proxy:
                 self.front.announce(message["msg_type"], message["content"], waiting.header)
             error = self._publish_error(waiting, diagnosis, survived=False)
             content = diagnosis.reply(error, waiting.execution_count)
-            self._reply(waiting, "execute_reply", content)
+            if waiting.reply is None or waiting.is_held:
+                self._reply(waiting, "execute_reply", content)
             self.front.announce("status", {"execution_state": "idle"}, waiting.header)
+        elif self._recording is not None:
+            # No cell can show it. The next kernel of this client says it in its first cell.
+            node = inner.state.request.node
+            self._recording.write_notebook(
+                diagnosis.verdict, node, survived=False, is_shown=self._on_death is OnDeath.RESTART
+            )
         return diagnosis
 
     def _answer_pending_requests(self, first: Waiting | None) -> None:
@@ -526,6 +556,11 @@ class Proxy:
     def _reply(self, waiting: Waiting, kind: str, content: dict[str, Any]) -> None:
         frames = self.front.author.frames(kind, content, waiting.header)
         self.front.reply(waiting.channel, waiting.client, [*waiting.identities, *frames])
+
+
+def _idle_death(verdict: Verdict) -> str:
+    cause = verdict.cause.summary if verdict.cause is not None else "for an unknown reason"
+    return idle_death(cause)
 
 
 def _lost_reply(waiting: Waiting) -> dict[str, Any]:

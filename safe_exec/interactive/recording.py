@@ -57,7 +57,8 @@ class Recording:
     def open(cls, facts: Mapping[str, str]) -> Recording:
         """Begin a recording and remove old ones.
 
-        ``facts`` (kernel, cwd, limits) go into its first line, with the id of this process.
+        ``facts`` (kernel, cwd, limits, connection) go into its first line, with the id of this
+        process.
         """
         directory = sessions_directory()
         # Cells may contain passwords: no other user can read the directory or its files.
@@ -92,13 +93,17 @@ class Recording:
             # The disk is full, say. The session goes on without its recording.
             self.close()
 
-    def write_notebook(self, verdict: Verdict, node: Any, *, survived: bool) -> Path | None:
+    def write_notebook(
+        self, verdict: Verdict, node: Any, *, survived: bool, is_shown: bool = True
+    ) -> Path | None:
         """Write the session's notebook and verdict; the notebook's path, ``None`` on an error.
 
-        ``survived`` tells that only the cell ended, at an interrupt.
+        ``survived`` tells that only the cell ended, at an interrupt; ``is_shown`` that a cell shows
+        the diagnosis.
         """
         cause = verdict.cause.summary if verdict.cause else None
-        self._write({"ended": cause, "survived": survived, "at": _now()})
+        line = {"ended": cause, "survived": survived, "shown": is_shown, "at": _now()}
+        self._write(line)
         path = self.path.with_suffix(".ipynb")
         data = notebook_of(node)
         # `safe-exec bisect` checks that a verdict belongs to its notebook by this hash.
@@ -207,6 +212,17 @@ def facts_of(path: Path) -> SessionFacts:
         survived=last.get("survived") is True,
         notebook=notebook if notebook.exists() else None,
     )
+
+
+def unseen_death(connection: str) -> str | None:
+    """The cause of death of the last kernel of a connection file, if no cell has shown it."""
+    # A client restarts a kernel with the same connection file.
+    for facts in sessions():
+        lines = list(_lines(facts.path))
+        if lines and lines[0].get("connection") == connection:
+            unseen = [line for line in lines if line.get("shown") is False]
+            return str(unseen[-1].get("ended")) if unseen else None
+    return None
 
 
 def find(name: str) -> SessionFacts:

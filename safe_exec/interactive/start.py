@@ -19,11 +19,11 @@ from msgspec import Struct
 from msgspec.structs import replace
 from nbformat.notebooknode import NotebookNode
 
-from safe_exec.interactive.diagnosis import Diagnosis
+from safe_exec.interactive.diagnosis import LOST, Diagnosis, idle_death
 from safe_exec.interactive.front import read_connection_file
 from safe_exec.interactive.inner import Inner
 from safe_exec.interactive.proxy import OnDeath, Proxy
-from safe_exec.interactive.recording import Recording
+from safe_exec.interactive.recording import Recording, unseen_death
 from safe_exec.interactive.wire import Message
 from safe_exec.model.limits import Mechanism
 from safe_exec.notebook import notebook
@@ -65,6 +65,7 @@ def serve(options: KernelOptions) -> int:
     file = read_connection_file(options.connection_file)
     prepared = _prepared(options)
     sweep()
+    notes = _notes_of_former_kernel(options)
     recording = _recording(options) if options.records else None
     plans: list[SpawnPlan] = []
 
@@ -92,7 +93,7 @@ def serve(options: KernelOptions) -> int:
         diagnose=diagnose,
         recording=recording,
         on_death=options.on_death,
-        notes=[f"[safe-exec: {line}]\n" for line in weak_points(prepared, plan)],
+        notes=[*notes, *(f"[safe-exec: {line}]\n" for line in weak_points(prepared, plan))],
     )
     try:
         return asyncio.run(proxy.run())
@@ -143,11 +144,22 @@ def _anew(prepared: PreparedJob) -> PreparedJob:
     )
 
 
+def _notes_of_former_kernel(options: KernelOptions) -> list[str]:
+    """Notes on a kernel of the same client that died while no cell could show it."""
+    try:
+        cause = unseen_death(str(options.connection_file.absolute())) if options.records else None
+    except OSError as error:
+        log.warning("the recorded sessions cannot be read: %s", error)
+        return []
+    return [] if cause is None else [idle_death(cause), LOST]
+
+
 def _recording(options: KernelOptions) -> Recording | None:
     facts = {
         "kernel": options.kernel,
         "cwd": str(Path.cwd()),
         "limits": options.limits or "default",
+        "connection": str(options.connection_file.absolute()),
     }
     try:
         return Recording.open(facts)

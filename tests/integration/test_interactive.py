@@ -192,20 +192,45 @@ def test_requests_behind_a_dying_cell_are_answered(tmp_path: Path, mark: str) ->
     asyncio.run(main())
 
 
-def test_the_cell_that_died_among_many_that_were_queued(tmp_path: Path, mark: str) -> None:
-    # As with "Run All": quick cells end while their replies are on the way over another socket.
+def test_the_cell_that_died_among_some_that_were_queued(tmp_path: Path, mark: str) -> None:
+    # As with "Run All": quick cells end while their replies are on the way over another socket, and
+    # the dying kernel loses what its threads have not sent.
     async def main() -> None:
-        async with kernel(tmp_path) as k:
-            ids = [k.client.execute(f"x = {n}") for n in range(60)]
-            ids += [k.client.execute(SEGFAULT), k.client.execute("x")]
-            replies = {msg_id: await k.reply(msg_id) for msg_id in ids}
-            states = [reply["status"] for reply in replies.values()]
-            assert states == ["ok"] * 60 + ["error", "aborted"]
-            assert replies[ids[60]]["ename"] == "SafeExec: segfault"
-            while (message := await k.client.get_iopub_msg(timeout=30))["msg_type"] != "error":
+        async with kernel(tmp_path, "--on-death", "restart") as k:
+            for _ in range(8):
+                ids = [k.client.execute(code) for code in ("x = 1", "x", SEGFAULT, "x")]
+                replies = [await k.reply(msg_id) for msg_id in ids]
+                states = [reply["status"] for reply in replies]
+                assert states == ["ok", "ok", "error", "aborted"]
+                assert replies[2]["ename"] == "SafeExec: segfault"
+                assert "Code cell 3, line 3" in "\n".join(replies[2]["traceback"])
+
+    asyncio.run(main())
+
+
+IDLE_DEATH = "import os, threading\nthreading.Timer(0.5, os._exit, [7]).start()"
+
+
+def test_a_death_between_cells_is_told_in_the_next_one(tmp_path: Path, mark: str) -> None:
+    async def main() -> None:
+        async with kernel(tmp_path, "--on-death", "restart") as k:
+            await k.run(IDLE_DEATH)
+            while (await k.client.get_iopub_msg(timeout=30))["content"].get(
+                "execution_state"
+            ) != "restarting":
                 pass
-            assert message["parent_header"]["msg_id"] == ids[60]
-            assert "Code cell 61, line 3" in "\n".join(message["content"]["traceback"])
+            await k.run("print(1)")
+            assert "died while no cell ran" in k.text and "exit status 7" in k.text
+            assert "all variables" in k.text and k.text.endswith("1\n")
+        async with kernel(tmp_path) as k:
+            await k.run(IDLE_DEATH)
+            assert await k.gone() == 3
+            await k.manager.restart_kernel(now=True)
+            await k.client.wait_for_ready(timeout=READY_SECONDS)
+            await k.run("print(1)")
+            assert "died while no cell ran" in k.text and "exit status 7" in k.text
+            await k.run("print(1)")
+            assert k.text == "1\n", "said once"
 
     asyncio.run(main())
 
@@ -221,6 +246,7 @@ def test_cells_that_the_kernel_refused_after_an_error_are_no_part_of_the_session
             assert [(await k.reply(msg_id))["status"] for msg_id in ids] == ["error"] + 2 * [
                 "aborted"
             ]
+            await k.reply(k.client.kernel_info())  # ipykernel refuses for a moment
             await k.run(SEGFAULT)
             assert "Code cell 2, line 3" in k.diagnosis
 

@@ -28,7 +28,7 @@ class Kernel:
         self.session = SimpleNamespace(sandbox=None)
         self.congested = False
 
-    def add_cell(self, source: str, _metadata: Any, _id: str | None) -> int:
+    def add_cell(self, source: str, _id: str | None, _msg_id: str) -> int:
         self.cells.append(SimpleNamespace(source=source, execution_count=None))
         return len(self.cells) - 1
 
