@@ -1,7 +1,8 @@
-"""Make the pictures of the README: ``python -m tools.pictures docs``.
+"""Make the pictures of the documentation: ``python -m tools.pictures docs``.
 
-Both show real runs of the notebooks in ``examples/``: the report page of a batch with one notebook
-opened, and an annotated notebook as nbconvert renders it.
+Those of the README show real runs of the notebooks in ``examples/``: the report page of a batch with
+one notebook opened, and an annotated notebook as nbconvert renders it. Those of docs/interactive.md
+show JupyterLab after a death.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
+
+from tools.jupyterlab import DEATHS, chromium, jupyterlab, prepare_deaths
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 OPENED = "leak-over-cells"
@@ -33,6 +36,7 @@ def main(target: Path) -> None:
         _safe_exec(folder, "run", f"{OPENED}.ipynb")
         _convert(folder)
         _photograph(folder, target)
+    _photograph_jupyterlab(target)
 
 
 def _safe_exec(folder: Path, *arguments: str) -> None:
@@ -54,18 +58,28 @@ def _convert(folder: Path) -> None:
 
 
 def _photograph(folder: Path, target: Path) -> None:
-    browser_path = shutil.which("chromium") or shutil.which("chromium-headless-shell")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"]
-        )
-        page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
+    with chromium(WIDTH, HEIGHT) as page:
         page.goto((folder / "out" / "report.html").as_uri())
         page.get_by_role("button", name=f"{OPENED}.ipynb").click()
         _save(page, target / "report-page.png")
         page.goto((folder / f"{OPENED}.out.html").as_uri())
         _save(page, target / "annotated-notebook.png")
-        browser.close()
+
+
+def _photograph_jupyterlab(target: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="jupyterlab-") as scratch:
+        folder = Path(scratch) / "notebooks"
+        folder.mkdir()
+        prepare_deaths(folder, Path(scratch))
+        with jupyterlab(folder, Path(scratch) / "state", Path(scratch)) as lab:
+            for name in DEATHS:
+                notebook = lab.open(f"{name}.ipynb")
+                notebook.run_all()
+                notebook.error(3)
+                if name != "timeout":
+                    notebook.close_dialog()
+                notebook.wait_for_kernel("Idle")
+                lab.page.screenshot(path=target / f"jupyterlab-{name}.png")
 
 
 def _save(page: Page, path: Path) -> None:

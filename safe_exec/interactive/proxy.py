@@ -34,6 +34,10 @@ MOST_WAITING = 10_000
 PARENT_SECONDS = 1.0
 FLUSH_SECONDS = 2.0
 
+# After the last word the process waits so long before it exits. Clients that poll, such as
+# `jupyter console` (every 50 ms), stop reading once the process is gone.
+LINGER_SECONDS = 0.25
+
 # While the kernel waits to send, a subscriber that takes nothing for this long is disconnected.
 # Otherwise one suspended browser tab would stop the kernel for all clients.
 STALL_SECONDS = 2.0
@@ -94,7 +98,7 @@ class Proxy:
         self._is_ready = False
         self._asked_to_end = False
         self._stop = asyncio.Event()
-        self._stalled = False
+        self._stalled = self._linger = self._restarted = False
         self._code: int | None = None
         self._front: Front | None = None
 
@@ -128,6 +132,8 @@ class Proxy:
             # The diagnosis is still in our queues; leaving now would lose it.
             if self._front is not None:
                 await self._front.flush(FLUSH_SECONDS)
+                if self._linger:
+                    await asyncio.sleep(LINGER_SECONDS)
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -154,6 +160,9 @@ class Proxy:
             self._front = Front(self._file, on_message=self._from_client, paused=self._is_paused)
         self._inner.attach()
         self._is_ready = True
+        if self._restarted:
+            # `jupyter console` waits for this after "restarting", and JupyterLab shows it.
+            self.front.announce("status", {"execution_state": "idle"})
         self.front.resume()
         died = asyncio.ensure_future(self._inner.session.died.wait())
         if not await self._unless_stopped(died):
@@ -471,12 +480,14 @@ class Proxy:
         self._answer_pending_requests(waiting)
         inner.close()
         status = diagnosis.verdict.status
+        self._linger = waiting is not None
         if self._on_death is OnDeath.EXIT:
             self._code = diagnosis.verdict.exit_code if status is not Status.PASSED else 0
             return
         self._notes = [LOST] if waiting is not None else [_idle_death(diagnosis.verdict), LOST]
         if self._recording is not None:
             self._recording.restarted()
+        self._restarted = True
         self.front.announce("status", {"execution_state": "restarting"})
 
     def _skip_ended_cells(self, inner: Inner) -> None:

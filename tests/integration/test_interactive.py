@@ -152,6 +152,11 @@ def test_a_fresh_kernel_follows_where_that_is_wanted(tmp_path: Path, mark: str) 
         async with kernel(tmp_path, "--on-death", "restart") as k:
             await k.run("x = 1")
             assert (await k.run(SEGFAULT))["ename"] == "SafeExec: segfault"
+            states: list[str | None] = []
+            # jupyter console waits for this idle.
+            while "restarting" not in states or states[-1] != "idle":
+                message = await k.client.get_iopub_msg(timeout=30)
+                states.append(message["content"].get("execution_state"))
             content = await k.run("print('x' in dir())")
             assert content["status"] == "ok"
             assert "all variables" in k.text and k.text.endswith("False\n")

@@ -255,8 +255,6 @@ HELPS: Mapping[str, Callable[[Context], bool]] = {
     "--compare-tolerance": lambda c: isinstance(c.ending, OutputsDiffer),
     "--stdin": lambda c: c.evidence.error is not None and c.evidence.error.ename == NOBODY_TYPES,
     "--allow-errors": lambda c: isinstance(c.ending, CellFailed),
-    "--stdin": lambda c: isinstance(c.ending, CellFailed)
-    and c.ending.error.ename == "StdinNotImplementedError",
     "--kernel": lambda c: isinstance(c.ending, StartFailed),
     "--mechanisms": lambda c: by_rlimit(c, LimitName.MEMORY),
     "--require": lambda c: isinstance(c.ending, InternalError) and c.ending.refused,
