@@ -1,6 +1,6 @@
 """Finds the culprits of a failed run.
 
-States the problem, drives the search, shrinks the crash cell.
+States the problem, drives the search, reduces the culprit cells.
 
 The pure search asks, and the oracle answers by running trials. May import the other parts of
 ``experiments``, trial and notebook.
@@ -8,12 +8,11 @@ The pure search asks, and the oracle answers by running trials. May import the o
 
 from __future__ import annotations
 
-import ast
-import re
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 from msgspec import Struct, field
 from msgspec.structs import replace
@@ -29,9 +28,9 @@ from safe_exec.experiments.culprits.protocol import (
     Query,
     Reply,
     Result,
-    Search,
     SearchCancelled,
 )
+from safe_exec.experiments.culprits.reduction import Reduction
 from safe_exec.experiments.culprits.roles import CulpritSet, culprits_of, look_first
 from safe_exec.experiments.driver import drive
 from safe_exec.experiments.static_analysis.dependencies import Dependencies
@@ -51,9 +50,11 @@ ERRATIC = MEMORY | {
 }
 # How much more suspicious a cell is that hands a name of the slice to somebody else.
 WEAK = 0.5
-# A crash cell of so many statements is worth making smaller.
-SHRINK_FROM = 5
+# The reduction of the reproduction may take as long as the search before it, and at least so long.
+LEAST_REDUCTION_SECONDS = 20.0
 # Only cells that ran can have contributed to the failure.
+_Result = TypeVar("_Result")
+
 RAN = (CellStatus.PASSED, CellStatus.FAILED, CellStatus.KILLED)
 
 
@@ -106,7 +107,7 @@ class Investigation:
         return time.monotonic() - self.first_run.started
 
     async def run(self) -> InvestigationResult:
-        """Search, shrink the crash cell and build the result.
+        """Search, reduce the culprit cells and build the result.
 
         Raises RerunFailed if trials cannot run.
         """
@@ -118,10 +119,10 @@ class Investigation:
             )
         )
         result = await self.drive(search(problem), self.ask_cells)
-        source = None
+        sources: Mapping[int, str] = {}
         if result.minimal and result.cells:
-            source = await self.shrink(result)
-        document = self.reproduction(result, source) if result.cells else None
+            sources = await self.reduce(result)
+        document = self.document(result.cells, sources) if result.cells else None
         self.first_run.sink(
             events.SearchFinished(time=self.elapsed(), cells=result.cells, minimal=result.minimal)
         )
@@ -222,8 +223,10 @@ class Investigation:
     # --- driving ----------------------------------------------------------------------------------
 
     async def drive(
-        self, searching: Search, ask_oracle: Callable[[Query], Awaitable[Reply]]
-    ) -> Result:
+        self,
+        searching: Generator[Query, Reply, _Result],
+        ask_oracle: Callable[[Query], Awaitable[Reply]],
+    ) -> _Result:
         """Answer the search's queries until it returns; Ctrl-C keeps the best result so far."""
 
         def cancellation() -> SearchCancelled | None:
@@ -238,7 +241,7 @@ class Investigation:
         self.first_run.sink(
             events.SearchTrialStarted(time=self.elapsed(), number=self.number, cells=query.cells)
         )
-        node = self.document(query.cells, None) if query.fresh else None
+        node = self.document(query.cells, {}) if query.fresh else None
         answered = await self.oracle.answer(
             query, node=node, crash=len(query.cells) - 1 if node is not None else None
         )
@@ -263,56 +266,64 @@ class Investigation:
             )
         )
 
-    # --- inside the crash cell --------------------------------------------------------------------
+    # --- inside the culprit cells --------------------------------------------------------------------
 
-    async def shrink(self, result: Result) -> str | None:
-        """Search for a part of the crash cell that still fails; ``None`` if all of it is needed.
+    async def reduce(self, result: Result) -> dict[int, str]:
+        """Search for parts of the culprit cells that still fail at the same line.
 
-        This is the same search, over the cell's statements.
+        Returns the sources of the cells, by index; those of the notebook if nothing can go.
         """
-        # Statements behind the crash line never ran.
-        statements = statements_of(self.sources[self.crash.index], self.crash.line)
-        budget = self.first_run.budget - (time.monotonic() - self.start_time)
-        # A short cell is easy to read as it is.
-        if len(statements) < SHRINK_FROM or self.crash.line is None or budget <= 0:
-            return None
-        texts = [text for _, text in statements]
-        dependencies = Dependencies.of_sources(
-            texts, language=self.first_run.verdict.notebook.language
+        sources = {index: self.sources[index] for index in result.cells}
+        if self.crash.line is None or not self.is_steady(result):
+            return sources
+        reduction = Reduction(
+            sources,
+            crash=self.crash.index,
+            crash_line=self.crash.line,
+            lines=self.lines_of_crash(),
+            language=self.first_run.verdict.notebook.language,
         )
-        crash = len(texts) - 1
-        problem = Problem(
-            cells=tuple(range(len(texts))),
-            slice=dependencies.slice_of(crash),
-            needs={n: dependencies.needs(n) for n in range(len(texts))},
-            side_effect_risk=dict(enumerate(map(float, dependencies.side_effect_risks()))),
-            start_seconds=sum(self.records[i].seconds or 0.0 for i in result.cells),
-            budget=budget,
+        seconds = sum(self.records[index].seconds or 0.0 for index in result.cells)
+        elapsed = time.monotonic() - self.start_time
+        end = time.monotonic() + min(
+            self.first_run.budget - elapsed, max(LEAST_REDUCTION_SECONDS, elapsed)
         )
+        steps = reduction.steps(start_seconds=seconds, remaining=lambda: end - time.monotonic())
+        await self.drive(steps, partial(self.ask_statements, result.cells, reduction))
+        return reduction.texts(reduction.selection) if reduction.is_smaller else sources
 
-        async def ask_statements(query: Query) -> Reply:
-            self.number += 1
-            node = self.document(result.cells, "\n".join(texts[n] for n in query.cells))
-            self.first_run.sink(
-                events.SearchTrialStarted(
-                    time=self.elapsed(), number=self.number, cells=result.cells
-                )
-            )
-            answered = await self.oracle.answer(query, node=node, crash=len(result.cells) - 1)
-            self.report_trial(replace(query, cells=result.cells, best=result.cells), answered.reply)
-            return answered.reply
+    def is_steady(self, result: Result) -> bool:
+        """Whether the culprits failed in every run: else a statement's part cannot be told."""
+        failures, runs = result.reproduced
+        return failures == runs and not result.several_forms
 
-        result_of_statements = await self.drive(search(problem), ask_statements)
-        if not result_of_statements.cells or len(result_of_statements.cells) == len(texts) == len(
-            ast.parse(self.sources[self.crash.index]).body
-        ):
-            return None
-        return "\n".join(texts[n] for n in result_of_statements.cells)
+    def lines_of_crash(self) -> dict[int, set[int]]:
+        """Return the lines of the crash and of its stack, by cell."""
+        lines = {self.crash.index: {self.crash.line or 1}}
+        for frame in self.crash.stack:
+            if frame.cell is not None and frame.line is not None:
+                lines.setdefault(frame.cell, set()).add(frame.line)
+        return lines
+
+    async def ask_statements(
+        self, cells: tuple[int, ...], reduction: Reduction, query: Query
+    ) -> Reply:
+        """Run a trial of the culprit cells with a part of their statements."""
+        self.number += 1
+        selection = reduction.selected(query)
+        node = self.document(cells, reduction.texts(selection))
+        self.first_run.sink(
+            events.SearchTrialStarted(time=self.elapsed(), number=self.number, cells=cells)
+        )
+        answered = await self.oracle.answer(query, node=node, crash=len(cells) - 1)
+        reply = reduction.judge(selection, answered.reply)
+        self.report_trial(replace(query, cells=cells, best=cells), reply)
+        return reply
 
     # --- the answer -------------------------------------------------------------------------------
 
-    def document(self, cells: tuple[int, ...], source: str | None) -> Any:
-        """Return the reproduction notebook of these cells."""
+    def document(self, cells: tuple[int, ...], sources: Mapping[int, str]) -> Any:
+        """Return the reproduction notebook of these cells; ``sources`` replace theirs."""
         verdict, request = self.first_run.verdict, self.oracle.subject.request
         return reproduction.build(
             self.first_run.node,
@@ -322,13 +333,9 @@ class Investigation:
             allow_errors=request.allow_errors,
             origin=verdict.notebook.path,
             cause=verdict.cause,
-            crash_source=source,
+            sources=sources,
             isolation=as_metadata(verdict.isolation),
         )
-
-    def reproduction(self, result: Result, source: str | None) -> Any:
-        """Return the reproduction of the final result."""
-        return self.document(result.cells, source)
 
     def culprits(self, result: Result) -> Culprits:
         """Convert the search result to the verdict's types."""
@@ -398,31 +405,3 @@ class Investigation:
 def _counted(kinds: Counter[str]) -> str:
     """Format counts by kind as ``abort (2), bus error (1)``."""
     return ", ".join(f"{kind.replace('_', ' ')} ({count})" for kind, count in sorted(kinds.items()))
-
-
-def statements_of(source: str, last_line: int | None) -> list[tuple[int, str]]:
-    """Return the top-level statements of a cell, each with its first line, up to ``last_line``.
-
-    The result is empty for a cell that is not valid Python.
-    """
-    try:
-        body = ast.parse(source).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return []
-    lines = re.split(
-        r"\r\n|\r|\n", source
-    )  # those of the parser: splitlines() knows more, within texts too
-    spans: list[tuple[int, int]] = []
-    for statement in body:
-        first = min(
-            [statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", []))]
-        )
-        if last_line is not None and first > last_line:
-            break
-        last = statement.end_lineno or first
-        # Two on one line stay together, be it one that goes on after a backslash.
-        if spans and (spans[-1][1] >= first or lines[first - 2].endswith("\\")):
-            spans[-1] = (spans[-1][0], last)
-        else:
-            spans.append((first, last))
-    return [(first, "\n".join(lines[first - 1 : last])) for first, last in spans]

@@ -53,6 +53,9 @@ TWO_PROCESSORS = 2
 # second kernel is started: it only starts.
 ROOM_BYTES = 1 << 30
 
+# The sources of a location that name the very line; others saw the kernel some time before.
+EXACT_SOURCES = frozenset({"traceback", "fault", "only line"})
+
 CauseOf = Callable[[TrialResult, TrialRequest], Cause | None]
 
 
@@ -94,6 +97,8 @@ class CachedAnswer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     another_form: bool
     ended: str
     happened: str
+    line: int | None
+    exact_line: bool
 
 
 class _Started(Struct, frozen=True, kw_only=True):
@@ -239,6 +244,7 @@ class Oracle:
             failure, result.ending, cause
         )
         cut = self._was_cut(result, request, query)
+        location = result.location if _cell_of(result) == failure.cell else None
         happened = cause.summary if cause is not None else "passed"
         if (
             answer is Outcome.UNRESOLVED
@@ -256,6 +262,8 @@ class Oracle:
             cut=cut,
             another_form=another_form,
             ended=PASSED if cause is None else cause.kind.value,
+            line=location.line if location is not None else None,
+            exact_line=location is not None and location.source in EXACT_SOURCES,
         )
         return AnsweredQuery(reply=reply, happened=happened), not cut and not isinstance(
             result.ending, Cancelled
@@ -313,6 +321,10 @@ class Oracle:
         )
 
 
+def _cell_of(result: TrialResult) -> int | None:
+    return result.location.cell if result.location is not None else None
+
+
 def _to_cache(answered: AnsweredQuery) -> CachedAnswer:
     reply = answered.reply
     return CachedAnswer(
@@ -324,6 +336,8 @@ def _to_cache(answered: AnsweredQuery) -> CachedAnswer:
         another_form=reply.another_form,
         ended=reply.ended,
         happened=answered.happened,
+        line=reply.line,
+        exact_line=reply.exact_line,
     )
 
 
@@ -337,5 +351,7 @@ def _from_cache(entry: CachedAnswer) -> AnsweredQuery:
         peak=entry.peak,
         another_form=entry.another_form,
         ended=entry.ended,
+        line=entry.line,
+        exact_line=entry.exact_line,
     )
     return AnsweredQuery(reply=reply, happened=entry.happened, cached=True)

@@ -75,6 +75,9 @@ class Reply(Struct, frozen=True, kw_only=True):
     another_form: bool = False
     # The cause kind of the ending, or PASSED.
     ended: str = ""
+    # The line in the crash cell, and whether it is known exactly: not from a sample.
+    line: int | None = None
+    exact_line: bool = False
 
 
 def _no_prediction(_cells: frozenset[int]) -> int | None:

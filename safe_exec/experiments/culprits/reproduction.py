@@ -28,20 +28,19 @@ def build(
     allow_errors: bool,
     origin: str,
     cause: Cause | None,
-    crash_source: str | None = None,
+    sources: Mapping[int, str] | None = None,
     isolation: Mapping[str, Any] | None = None,
 ) -> Any:
     """Build a notebook of the given cells, in order, with the crash cell last.
 
-    ``node`` is a stripped notebook and is not modified. ``crash_source`` replaces the source of the
-    crash cell if a part of it is enough. ``origin`` is the path of the original notebook.
+    ``node`` is a stripped notebook and is not modified. ``sources`` replace
+    those of cells of which a part is enough, by their index. ``origin`` is the path of the original notebook.
     """
     document = copy.deepcopy(node)
     document["cells"] = [copy.deepcopy(node.cells[index]) for index in cells]
-    for cell in document.cells:
+    for index, cell in zip(cells, document.cells, strict=True):
         cell["outputs"], cell["execution_count"] = [], None
-    if crash_source is not None:
-        document.cells[-1]["source"] = crash_source
+        cell["source"] = (sources or {}).get(index, cell["source"])
     metadata = document.metadata
     metadata.pop("widgets", None)
     spec = metadata.get("kernelspec")

@@ -57,6 +57,8 @@ ANSWER = CachedAnswer(
     another_form=False,
     ended="exception",
     happened="NameError",
+    line=3,
+    exact_line=True,
 )
 
 

@@ -72,8 +72,8 @@ def test_it_holds_the_culprits_alone() -> None:
     assert node == before
 
 
-def test_less_of_the_crash_cell_is_the_last_cell() -> None:
-    made = built(source(), crash_source="crash(1)")
+def test_parts_of_cells_replace_them() -> None:
+    made = built(source(), sources={3: "crash(1)"})
     assert [cell.source for cell in made.cells] == ["x = 1", "crash(1)"]
 
 

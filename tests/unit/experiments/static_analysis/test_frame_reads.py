@@ -1,15 +1,13 @@
-"""Names read on the way to a crash, and the statements of a cell: small cells by table, and any text."""
+"""Names read on the way to a crash: small cells by table, and any text."""
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safe_exec.experiments.culprits.finder import statements_of
 from safe_exec.experiments.static_analysis.frame_reads import names_read_at
 
 # A cell, the line at which it crashed, and the global names that were read before.
@@ -137,13 +135,6 @@ DEEP: dict[str, Callable[[int], str]] = {
 def test_whatever_the_cell_nothing_is_raised(source: str, line: int) -> None:
     names = names_read_at(source, line)
     assert all(name.isidentifier() for name in names)
-    statements_of(source, line)
-    texts = [text for _, text in statements_of(source, None)]
-    if texts:
-        assert ast.dump(ast.parse("\n".join(texts))) == ast.dump(ast.parse(source)), (
-            "nothing is lost but comments"
-        )
-        assert all(ast.parse(text).body for text in texts), "each can stand alone"
 
 
 @pytest.mark.parametrize("kind", DEEP)
@@ -151,57 +142,3 @@ def test_whatever_the_cell_nothing_is_raised(source: str, line: int) -> None:
 def test_however_deep_nothing_is_raised(kind: str, depth: int) -> None:
     source = DEEP[kind](depth)
     names_read_at(source, source.count("\n") + 1)
-    statements_of(source, None)
-
-
-# --- the statements of a cell ---------------------------------------------------------------------------------------------
-
-# A cell, the last line that counts, and its statements.
-STATEMENTS: dict[str, tuple[str, int | None, list[tuple[int, str]]]] = {
-    "one by one": ("a = 1\n\n# why\nb = 2", None, [(1, "a = 1"), (4, "b = 2")]),
-    "up to the crash": ("a = 1\nb = 2\nc = 3", 2, [(1, "a = 1"), (2, "b = 2")]),
-    "up to the end of the crashed one": ("a = [\n  1,\n]\nb = 2", 2, [(1, "a = [\n  1,\n]")]),
-    "a block is one": (
-        "for x in y:\n  a\n\n  b\nc",
-        None,
-        [(1, "for x in y:\n  a\n\n  b"), (5, "c")],
-    ),
-    "decorated": (
-        "a\n@d(\n 1)\n@e\ndef f():\n  pass\nb",
-        2,
-        [(1, "a"), (2, "@d(\n 1)\n@e\ndef f():\n  pass")],
-    ),
-    "two on one line": ("a; b\nc", None, [(1, "a; b"), (2, "c")]),
-    "two on the last line of one": (
-        "a = [\n1]; b = [\n2]\nc",
-        None,
-        [(1, "a = [\n1]; b = [\n2]"), (4, "c")],
-    ),
-    "after a backslash": ("a; \\\nb\nc", None, [(1, "a; \\\nb"), (3, "c")]),
-    "a text of several lines": (
-        "a = '''\nb = 2\n'''\nc",
-        None,
-        [(1, "a = '''\nb = 2\n'''"), (4, "c")],
-    ),
-    "signs that end no line": (
-        "a = '\x0c\x1c\u2028\x85'\nb",
-        None,
-        [(1, "a = '\x0c\x1c\u2028\x85'"), (2, "b")],
-    ),
-    "lines of Windows": (
-        "a = 1\r\nif b:\r\n  c\r\nd",
-        None,
-        [(1, "a = 1"), (2, "if b:\n  c"), (4, "d")],
-    ),
-    "lines of old": ("a = 1\rb = 2", None, [(1, "a = 1"), (2, "b = 2")]),
-    "only a comment": ("# nothing", None, []),
-    "nothing": ("", None, []),
-    "a magic": ("%time a\nb", None, []),
-    "no Python": ("ls -la x", None, []),
-}
-
-
-@pytest.mark.parametrize("name", STATEMENTS)
-def test_statements(name: str) -> None:
-    source, last, statements = STATEMENTS[name]
-    assert statements_of(source, last) == statements
