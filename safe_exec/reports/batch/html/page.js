@@ -37,6 +37,10 @@
   const batch = read("batch");
   const rows = batch.rows.map((row, number) => ({ ...row, number }));
   const count = (test) => rows.filter(test).length;
+  // Machines matter only if there are several, or if one was lost.
+  const machines = [...new Set(rows.map((row) => row.machine).filter(Boolean))].sort();
+  const hasMachines = machines.length > 1 || rows.some((row) => row.losses);
+  if (hasMachines) COLUMNS.push({ key: "machine", label: "Machine", value: (row) => row.machine });
 
   const drawHead = () => {
     const bad = count((row) => RANK[row.outcome] < 2);
@@ -105,6 +109,39 @@
     return done;
   }
 
+  // --- the machines ---
+
+  const drawMachines = () => {
+    const timed = rows.filter((row) => row.machine && row.start !== null && row.end !== null);
+    if (!hasMachines || !timed.length) return;
+    const first = timed.reduce((least, row) => Math.min(least, row.start), Infinity);
+    const last = timed.reduce((most, row) => Math.max(most, row.end), -Infinity);
+    const share = (seconds) => `${(100 * seconds) / Math.max(last - first, 0.001)}%`;
+    for (const machine of machines) {
+      const own = timed.filter((row) => row.machine === machine).sort((a, b) => a.start - b.start);
+      const lanes = [];
+      for (const row of own) {
+        // The first lane that is free: as many lanes as notebooks ran at a time.
+        const free = lanes.find((lane) => lane.end <= row.start);
+        const lane = free || lanes[lanes.push({ node: el("div", { class: "lane" }) }) - 1];
+        lane.end = row.end;
+        const bar = el("span", { class: `run ${row.outcome}`, title: `${row.path}: ${row.status}, ${row.time}` });
+        bar.style.left = share(row.start - first);
+        bar.style.width = share(row.end - row.start);
+        bar.addEventListener("click", () => toggle(row, true));
+        lane.node.append(bar);
+      }
+      const busy = own.reduce((sum, row) => sum + row.end - row.start, 0);
+      const load = Math.round((100 * busy) / Math.max(lanes.length * (last - first), 0.001));
+      const facts = `${counted(own.length, "notebook")}, ${lanes.length} at a time, ${load} % busy`;
+      byId("machines").append(
+        el("div", { class: "host" }, el("span", { class: "name" }, machine), el("span", { class: "facts" }, facts)),
+        el("div", { class: "lanes", role: "img", "aria-label": `${machine}: ${facts}` }, lanes.map((lane) => lane.node)),
+      );
+    }
+    byId("machines").hidden = false;
+  };
+
   // --- the table ---
 
   const state = { outcome: "", words: "", cause: "", sort: "status", down: false };
@@ -130,6 +167,7 @@
         el("td", { role: "cell", class: "what" }, row.what),
         el("td", { role: "cell", class: "seconds" }, row.time || none()),
         el("td", { role: "cell", class: "memory" }, row.peak ? [gauge(row), el("span", { class: "amount" }, row.peak)] : none()),
+        hasMachines ? el("td", { role: "cell", class: "machine" }, row.machine || none(), row.losses ? el("span", { class: "losses" }, row.losses) : null) : null,
       );
       row.opener.addEventListener("click", (event) => {
         event.stopPropagation();
@@ -158,7 +196,7 @@
   const matches = (row) => {
     if (state.outcome === "flaky" ? !row.flaky : state.outcome && row.outcome !== state.outcome) return false;
     if (state.cause && row.cause !== state.cause) return false;
-    const text = `${row.path} ${row.status} ${row.what} ${row.cause}`.toLowerCase();
+    const text = `${row.path} ${row.status} ${row.what} ${row.cause} ${row.machine}`.toLowerCase();
     return state.words.toLowerCase().split(/\s+/).every((word) => text.includes(word));
   };
 
@@ -513,6 +551,7 @@
 
   byId("unscripted").remove();
   drawHead();
+  drawMachines();
   drawTable();
   byId("words").addEventListener("input", () => {
     state.words = byId("words").value.trim();

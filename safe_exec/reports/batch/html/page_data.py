@@ -7,6 +7,7 @@ have a maximum length, and the page says where something was cut.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -55,8 +56,21 @@ def row(report: NotebookReport) -> dict[str, Any]:
         "memory": peak,
         "peak": _size(peak),
         "limit": _size(limit),
+        "machine": common.one_line(verdict.environment.machine or "")
+        if verdict is not None
+        else "",
+        "losses": f"worker lost on {', '.join(map(common.one_line, result.losses))}"
+        if result.losses
+        else "",
+        # Seconds since 1970; the search for culprits is included.
+        "start": _moment(verdict.started) if verdict is not None else None,
+        "end": _moment(verdict.finished) if verdict is not None else None,
         "share": round(min(peak / limit, 1.0), 4) if peak is not None and limit else None,
     }
+
+
+def _moment(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
 
 
 def detail(report: NotebookReport, batch: BatchResult, base: Path) -> dict[str, Any]:
