@@ -33,7 +33,13 @@ system: ## Install the system packages that are missing (Debian, Ubuntu)
 
 # Debian testing has no r-cran-irkernel at times: tests of its bed are left out there, and counted.
 .PHONY: system-tests
-system-tests: | system ## Install the system packages of the tests alone: R's kernel, if apt has it
+system-tests: | system ## Install the system packages of the tests alone: R's kernel and Slurm, if apt has them
+	@[ -x /usr/sbin/slurmctld ] || { \
+		$(SUDO) apt-get update -q && { \
+			DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -q --no-install-recommends slurm-wlm munge \
+			|| ! apt-cache show slurm-wlm >/dev/null 2>&1; \
+		}; \
+	}
 	@[ -e /usr/share/jupyter/kernels/ir ] || { \
 		$(SUDO) apt-get update -q && { \
 			DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -q --no-install-recommends r-cran-irkernel \

@@ -154,6 +154,12 @@ def _kernel(name: str, program: str = "true") -> Callable[[], str]:
     return probe
 
 
+def _slurm() -> str:
+    programs = ("munged", "slurmctld", "slurmd", "sbatch")
+    absent = [name for name in programs if not shutil.which(name)]
+    return f"there is no {', '.join(absent)}" if absent else _root()
+
+
 PYTHONS = tuple(f"3.{minor}" for minor in range(9, 16))
 
 
@@ -212,6 +218,7 @@ BEDS: Mapping[str, Callable[[], str]] = {
     "bash": _kernel("bash", "bash"),
     "R": _kernel("ir", "R"),
     "deno": _kernel("deno"),
+    "slurm": _slurm,
     **{f"python{version}": _python(version) for version in PYTHONS},
     "free-threaded": _free_threaded,
 }
@@ -230,6 +237,7 @@ REMEDIES: Mapping[str, str] = {
     "bash": "`make install` installs its kernel",
     "deno": "`make install` installs its kernel",
     "R": "`make system` installs its kernel",
+    "slurm": "`make system-tests` installs it",
 }
 """How to get a bed, where that takes more than another machine."""
 

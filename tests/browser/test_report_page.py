@@ -145,6 +145,39 @@ def verdict_of(
     return make_verdict(status, **given | changes)
 
 
+def test_machines_and_what_they_ran(show: Show, tmp_path: Path) -> None:
+    def entry(name: str, machine: str, second: int, **changes: Any) -> NotebookResult:
+        verdict = verdict_of(1.0, MIB, Status.PASSED)
+        moments = {
+            key: f"2026-01-02T03:04:{second + n:02}.000Z"
+            for n, key in enumerate(("started", "finished"))
+        }
+        environment = replace(verdict.environment, machine=machine)
+        verdict = replace(verdict, environment=environment, **moments)
+        return make_entry(tmp_path, name, verdict, **changes)
+
+    entries = [
+        entry("a.ipynb", "node-a", 0),
+        entry("b.ipynb", "node-a", 0),
+        entry("c.ipynb", "node-a", 3),
+        entry("d.ipynb", "node-b", 0, losses=("node-c",)),
+    ]
+    seen = show(entries)
+    machines = seen.page.locator("#machines")
+    # Three of two times four seconds.
+    expect(machines.get_by_role("img")).to_have_count(2)
+    expect(machines).to_contain_text("3 notebooks, 2 at a time, 38 % busy")
+    expect(seen.page.locator("td.machine").last).to_contain_text("node-bworker lost on node-c")
+    machines.locator(".run").last.click()
+    expect(seen.page.get_by_role("region", name="d.ipynb", exact=True)).to_be_visible()
+
+
+def test_one_machine_needs_no_column(show: Show, tmp_path: Path) -> None:
+    seen = show([make_entry(tmp_path, "a.ipynb", verdict_of(1.0, MIB, Status.PASSED))])
+    expect(seen.page.locator("#machines")).to_be_hidden()
+    expect(seen.page.locator("td.machine")).to_have_count(0)
+
+
 def mixed(root: Path) -> list[NotebookResult]:
     """A notebook of each kind."""
     oom = verdict_of(
