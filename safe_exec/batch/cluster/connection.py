@@ -123,8 +123,11 @@ async def connected(address: ClusterAddress, memory: int | None) -> AsyncIterato
 def _start(address: ClusterAddress, memory: int | None) -> Any:
     """Return a cluster that is about to start."""
     if address.kind == LOCAL:
+        import dask
         from distributed import LocalCluster
 
+        # Notebooks run in processes of their own, so dask's profile of its threads shows nothing.
+        dask.config.set({"distributed.worker.profile.enabled": False})
         # The dashboard needs bokeh; without it the page is empty.
         has_dashboard = importlib.util.find_spec("bokeh") is not None
         return LocalCluster(

@@ -14,14 +14,13 @@ import shutil
 import socket
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
 import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
-
-# Imported before the fork, so that no notebook waits for them.
 from nbformat import v4
 
 from safe_exec.batch.cluster import files
@@ -42,15 +41,11 @@ from safe_exec.batch.worker import (
     reserve_for_others,
     run_attempt,
 )
-from safe_exec.diagnosis import verdict as _diagnosis  # noqa: F401
 from safe_exec.errors import SafeExecError, UsageError
 from safe_exec.kernel.prestart import PrestartedKernel
 from safe_exec.model import events
 from safe_exec.model.verdict import Verdict
-from safe_exec.reports import annotated_notebook, verdict_json  # noqa: F401
 from safe_exec.sandbox.host.capabilities import HostCapabilities, detect, probe_isolation
-from safe_exec.trial import run as _trial  # noqa: F401
-from safe_exec.workflows import bisect as _bisect  # noqa: F401
 from safe_exec.workflows.prepare import Job, prepare
 
 log = logging.getLogger("safe_exec")
@@ -72,8 +67,29 @@ _SHOWN = (
 )
 
 
+# Imported before the fork, so that no notebook pays for them.
+_NEEDED_LATER = (
+    "concurrent.futures.thread",
+    "nbclient.client",
+    "safe_exec.diagnosis.verdict",
+    "safe_exec.experiments.workspace",
+    "safe_exec.keeper.mounts",
+    "safe_exec.kernel.client",
+    "safe_exec.kernel.outputs",
+    "safe_exec.reports.annotated_notebook",
+    "safe_exec.reports.verdict_json",
+    "safe_exec.sandbox.enclosure",
+    "safe_exec.sandbox.isolation_facts",
+    "safe_exec.trial.run",
+    "safe_exec.workflows.bisect",
+)
+
+
 def detect_machine() -> HostCapabilities:
-    """Detect this machine once for all notebooks, and compile what each of them needs."""
+    """Detect this machine once for all notebooks, and load what each of them needs."""
+    for name in _NEEDED_LATER:
+        import_module(name)
+    # Compiles the JSON schema of notebooks, which takes 30 ms.
     v4.new_output("stream", text="")
     return probe_isolation(detect())
 
