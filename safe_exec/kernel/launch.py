@@ -102,6 +102,19 @@ def speaks_ipc(cmd: Sequence[str]) -> bool:
     return "-m" in cmd and any(part in MODULES for part in cmd)
 
 
+def forwarded(argv: Sequence[str], prefix: str, ports: Sequence[int]) -> list[str]:
+    """Put the forwarder in front of the command of a kernel that listens on these TCP ports.
+
+    Its Unix sockets are ``prefix-PORT``.
+    """
+    # The interpreter of the sandbox's init: the kernel's own environment may have no Python.
+    forwarder = os.path.join(
+        os.path.dirname(os.path.abspath(bootstrap.__file__)), "tcp_forwarder.py"
+    )
+    ours = [sys.executable, "-I", "-S", forwarder, prefix]
+    return [*ours, *map(str, ports), "--", *argv]
+
+
 class Spec(Struct, frozen=True, kw_only=True):
     """A kernelspec: its ``kernel.json``, and the directory of that file."""
 

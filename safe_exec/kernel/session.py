@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import os
 import signal
 import time
@@ -37,6 +38,7 @@ from safe_exec.kernel.launch import (
     LaunchedKernel,
     extra_arguments,
     find_spec,
+    forwarded,
     has_pystack,
     launch,
     speaks_ipc,
@@ -63,6 +65,9 @@ SHUTDOWN_SECONDS = 3.0
 READY_RETRY_SECONDS = 0.25
 MESSAGE_SLACK = 3 << 20
 PORTS = ("shell", "iopub", "stdin", "hb", "control")
+
+# In a network namespace of its own no other process listens.
+FORWARDED_PORTS = (9001, 9002, 9003, 9004, 9005)
 # Connected in this order: the subscription must be in place before the first reply.
 CHANNELS = {"iopub": "SUB", "shell": "DEALER", "control": "DEALER"}
 # Only an interactive kernel can ask a person for input, and `--stdin` answers for one.
@@ -132,6 +137,8 @@ class KernelSession:
         # An interactive kernel has the key of its client's connection file, and the client's
         # arguments after its command.
         self.key: str | None = None
+        # Of a kernel on TCP behind a network of its own.
+        self._forwarder_prefix: str | None = None
         self.arguments: tuple[str, ...] = ()
         self._channels: dict[str, Channel] = {}
         self._closed = False
@@ -215,11 +222,15 @@ class KernelSession:
             km.transport, km.ip = "ipc", str(self.directory / "k") if self.directory else ""
         elif self.plan.enclosed and not self.plan.isolation.network:
             # Each network namespace has its own loopback, so a port in there cannot be reached from
-            # outside.
-            raise KernelStartError(
-                f"the kernel {km.kernel_name} listens on TCP, which safe-exec cannot reach "
-                "inside a network of its own (--no-network)"
-            )
+            # outside. A forwarder in there connects Unix sockets to it.
+            assert self.directory is not None
+            self._forwarder_prefix = str(self.directory / "k")
+            for name, port in zip(PORTS, FORWARDED_PORTS, strict=True):
+                setattr(km, f"{name}_port", port)
+            # A copy: the manager of kernelspecs may give the same one to others.
+            spec = copy.copy(km.kernel_spec)
+            spec.argv = forwarded(spec.argv, self._forwarder_prefix, FORWARDED_PORTS)
+            km._kernel_spec = spec  # noqa: SLF001 - the property has no setter
         else:
             # Ports below the range of outgoing connections: no other process gets one by chance
             # before the kernel listens.
@@ -354,10 +365,10 @@ class KernelSession:
         asks = self.key is not None or self.answers is not None
         for name, kind in (CHANNELS | STDIN if asks else CHANNELS).items():
             port = getattr(self.manager, f"{name}_port")
-            ip = self.manager.transport == "ipc"
+            is_local = self.manager.transport == "ipc" or self._forwarder_prefix
             address = (
                 Address(host=f"{self._sockets()}-{port}")
-                if ip
+                if is_local
                 else Address(host=self.manager.ip, port=port)
             )
             identity = kc.session.bsession if kind == "DEALER" else b""
@@ -382,11 +393,8 @@ class KernelSession:
         # Inside bubblewrap the directory is in the sandbox's own mount namespace. The init hands
         # out a descriptor of it, and /proc/self/fd also keeps the path below 108 bytes (unix(7)).
         inside = self.sandbox.sockets if self.sandbox is not None else None
-        return (
-            self.manager.ip
-            if inside is None
-            else f"/proc/self/fd/{inside}/{Path(self.manager.ip).name}"
-        )
+        prefix = self._forwarder_prefix or self.manager.ip
+        return prefix if inside is None else f"/proc/self/fd/{inside}/{Path(prefix).name}"
 
     async def _alive(
         self, connecting: Coroutine[Any, Any, Connection], deadline: float | None

@@ -307,6 +307,41 @@ def test_a_kernel_without_network_and_with_a_hidden_home(tmp_path: Path, mark: s
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    ("name", "add", "connect", "die"),
+    [
+        pytest.param(
+            "bash",
+            "x=41; echo $((x + 1))",
+            "(: < /dev/tcp/192.0.2.1/9) 2>&1",
+            "kill -9 $PPID",
+            marks=pytest.mark.bed("bash", "bubblewrap"),
+        ),
+        pytest.param(
+            "ir",
+            "x <- 41; cat(x + 1)",
+            "tryCatch(socketConnection('192.0.2.1', 9, timeout = 1), warning = function(w) cat(conditionMessage(w)))",
+            "tools::pskill(Sys.getpid(), 9)",
+            marks=pytest.mark.bed("R", "bubblewrap"),
+        ),
+    ],
+)
+def test_a_kernel_on_tcp_without_network(
+    tmp_path: Path, mark: str, *, name: str, add: str, connect: str, die: str
+) -> None:
+    async def main() -> None:
+        async with kernel(tmp_path, "--kernel", name, limits="strict") as k:
+            await k.run(add)
+            assert k.text.strip() == "42"
+            await k.run(connect)
+            assert "unreachable" in k.text or "cannot be opened" in k.text
+            await k.run(die)
+            assert k.outputs("error")[-1]["ename"] == "SafeExec: killed"
+            assert await k.gone() == 3
+
+    asyncio.run(main())
+
+
 def test_output_is_cut_at_its_cap(tmp_path: Path, mark: str) -> None:
     async def main() -> None:
         async with kernel(tmp_path, "--cell-output", "100K") as k:

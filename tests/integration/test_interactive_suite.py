@@ -17,7 +17,7 @@ pytestmark = pytest.mark.kills
 NAMES = {
     "python-ci": ("--limits", "ci", "--kernel", "python3"),
     "python-strict": ("--limits", "strict", "--kernel", "python3"),
-    "bash-ci": ("--limits", "ci", "--network", "--kernel", "bash"),
+    "bash-strict": ("--limits", "strict", "--kernel", "bash"),
 }
 
 
@@ -100,7 +100,7 @@ class TestBareBash(Bash):
 
 class TestBashCi(Bash):
     __test__ = True
-    kernel_name = "bash-ci"
+    kernel_name = "bash-strict"
 
 
 def test_the_names_are_those_of_the_classes() -> None:

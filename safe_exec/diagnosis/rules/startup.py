@@ -67,11 +67,6 @@ def start_failed(context: Context) -> Cause | None:
     advice = (
         TOO_LITTLE
         if asks_too_much
-        else (
-            "Run it with --network, or under a profile that leaves the network on (ci); see "
-            "`safe-exec limits`."
-        )
-        if "listens on TCP" in ending.reason
         else _advice_for_missing_kernel(ending.installed, context.language)
         if ending.installed is not None
         else (
