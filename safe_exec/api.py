@@ -13,7 +13,7 @@ from safe_exec.limits import isolation
 from safe_exec.model.events import EventSink
 from safe_exec.model.limits import Limits
 from safe_exec.model.verdict import Verdict
-from safe_exec.notebook import output_form
+from safe_exec.notebook import kernel_choice, output_form
 from safe_exec.notebook.inputs import CellSelection, NotebookInputs, exit_meaning, read_stdin
 from safe_exec.notebook.output_form import OutputForm
 from safe_exec.workflows.prepare import Bisect, Job, prepare
@@ -33,6 +33,7 @@ def run(
     verdict: str | os.PathLike[str] | None = None,
     repro: str | os.PathLike[str] | None = None,
     kernel: str | None = None,
+    kernel_fallback: str = "language",
     cwd: str | os.PathLike[str] | None = None,
     allow_errors: bool = False,
     require: str | None = None,
@@ -61,8 +62,9 @@ def run(
     any profile). ``options`` are single limits by name (``{"memory": "512M", "cell_timeout":
     30}``), which override everything else. ``output``, ``verdict`` and ``repro`` default to
     ``NB.out.ipynb``, ``NB.verdict.json`` and ``NB.repro.ipynb`` (written if culprits were found)
-    beside the notebook. ``kernel`` overrides the notebook's own, ``cwd`` its folder as working
-    directory. ``require`` names limits that the operating system must enforce
+    beside the notebook. ``kernel`` overrides the notebook's own; if that is not installed, one of the
+    same language runs the notebook, unless ``kernel_fallback`` is ``"never"``. ``cwd``
+    overrides its folder as working directory. ``require`` names limits that the operating system must enforce
     (``"memory,processes"`` or ``"all"``). ``mechanisms`` allows only some of ``cgroup-v2``,
     ``cgroup-v1``, ``rlimit``, ``watchdog``, ``bubblewrap``, ``landlock`` and ``seccomp``. ``walls``
     are the keys of a file's ``isolation`` section (``{"network": False, "hide": ["/srv/data"]}``)
@@ -90,6 +92,7 @@ def run(
             verdict=verdict,
             repro=repro,
             kernel=kernel,
+            kernel_fallback=kernel_fallback,
             cwd=cwd,
             allow_errors=allow_errors,
             require=require,
@@ -124,6 +127,7 @@ async def run_async(
     verdict: str | os.PathLike[str] | None = None,
     repro: str | os.PathLike[str] | None = None,
     kernel: str | None = None,
+    kernel_fallback: str = "language",
     cwd: str | os.PathLike[str] | None = None,
     allow_errors: bool = False,
     require: str | None = None,
@@ -155,6 +159,7 @@ async def run_async(
         verdict=Path(verdict) if verdict is not None else None,
         repro=Path(repro) if repro is not None else None,
         kernel=kernel,
+        kernel_fallback=kernel_choice.kernel_fallback(kernel_fallback),
         cwd=Path(cwd) if cwd is not None else None,
         allow_errors=allow_errors,
         require=require,

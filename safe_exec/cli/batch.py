@@ -22,6 +22,7 @@ from safe_exec.cli.outputs import output_options
 from safe_exec.cli.run import job_of, limit_options, wall_options
 from safe_exec.errors import OutputPathError
 from safe_exec.files import one_line
+from safe_exec.notebook.kernel_choice import KernelFallback
 from safe_exec.reports.batch.progress import BatchProgress, line_of
 from safe_exec.reports.batch.results import NOT_RUN, UNCHANGED, BatchResult, NotebookResult
 from safe_exec.reports.terminal import Style
@@ -97,7 +98,17 @@ STDIN = "-"
 @wall_options
 @input_options
 @output_options
-@click.option("--kernel", metavar="NAME", help="Kernel to use instead of the notebooks' own.")
+@click.option(
+    "--kernel",
+    metavar="NAME",
+    help="Kernel for the notebooks of its language, instead of their own.",
+)
+@click.option(
+    "--kernel-fallback",
+    type=click.Choice([choice.value for choice in KernelFallback]),
+    default=KernelFallback.LANGUAGE.value,
+    help="If a notebook's kernel is not installed: use one of its language, or fail [language].",
+)
 @click.option(
     "--cwd",
     type=click.Path(path_type=Path),

@@ -26,6 +26,7 @@ from safe_exec.kernel.prestart import PrestartedKernel
 from safe_exec.limits import spec
 from safe_exec.model.limits import FolderUse, LimitName
 from safe_exec.model.verdict import Verdict
+from safe_exec.notebook.kernel_choice import KernelFallback
 from safe_exec.sandbox.planner import CHOOSABLE
 from safe_exec.units import UnitError, parse_duration
 from safe_exec.workflows.prepare import Bisect, Job, PreparedJob, command_line, prepare, refuse_same
@@ -121,6 +122,12 @@ WALL_OPTIONS = (
 @input_options
 @output_options
 @click.option("--kernel", metavar="NAME", help="Kernel to use instead of the notebook's own.")
+@click.option(
+    "--kernel-fallback",
+    type=click.Choice([choice.value for choice in KernelFallback]),
+    default=KernelFallback.LANGUAGE.value,
+    help="If a notebook's kernel is not installed: use one of its language, or fail [language].",
+)
 @click.option(
     "--cwd", type=click.Path(path_type=Path), help="Working directory [the notebook's folder]."
 )
@@ -224,6 +231,9 @@ def job_of(notebook: Path, options: Mapping[str, Any], *, lenient: bool = False)
         walls=walls_with(walls_of(options), variables),
         verdict=options["verdict"],
         kernel=options["kernel"],
+        # Among many notebooks, a kernel is meant for those that it can run.
+        kernel_of_language=lenient,
+        kernel_fallback=KernelFallback(options["kernel_fallback"]),
         cwd=options["cwd"],
         allow_errors=options["allow_errors"],
         with_locals=options.get("with_locals", False),

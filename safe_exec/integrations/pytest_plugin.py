@@ -148,7 +148,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--safe-exec-kernel",
         metavar="NAME",
-        help="Run with this kernel instead of the notebook's own.",
+        help="Run the notebooks of its language with this kernel instead of their own.",
+    )
+    group.addoption(
+        "--safe-exec-kernel-fallback",
+        choices=("language", "never"),
+        default="language",
+        help="As `safe-exec run --kernel-fallback` [language].",
     )
     group.addoption(
         "--safe-exec-require", metavar="LIMIT,...", help="As `safe-exec run --require`."
@@ -184,6 +190,7 @@ class Settings:
     variables: dict[str, str] = field(default_factory=dict)
     cwd: Path | None = None
     kernel: str | None = None
+    kernel_fallback: str = "language"
     require: str | None = None
     bisect: str = "auto"
     bisect_budget: float | None = None
@@ -239,6 +246,7 @@ def _settings(config: pytest.Config) -> Settings:
         variables=variables,
         cwd=_working_directory(config.getoption("safe_exec_cwd"), config.invocation_params.dir),
         kernel=config.getoption("safe_exec_kernel"),
+        kernel_fallback=config.getoption("safe_exec_kernel_fallback"),
         require=config.getoption("safe_exec_require"),
         bisect="never" if config.getoption("safe_exec_no_bisect") else "auto",
         bisect_budget=parse_budget(
@@ -421,6 +429,7 @@ class NotebookItem(pytest.Item):
     def _verdict(self) -> Verdict:
         import asyncio
 
+        from safe_exec.notebook.kernel_choice import KernelFallback
         from safe_exec.workflows.prepare import Bisect, Job, prepare
         from safe_exec.workflows.run import run_job
 
@@ -444,6 +453,8 @@ class NotebookItem(pytest.Item):
                 verdict=Path(f"{stem}.verdict.json"),
                 repro=Path(f"{stem}.repro.ipynb"),
                 kernel=settings.kernel,
+                kernel_of_language=True,
+                kernel_fallback=KernelFallback(settings.kernel_fallback),
                 require=settings.require,
                 bisect=Bisect(settings.bisect),
                 bisect_budget=settings.bisect_budget,

@@ -31,6 +31,7 @@ from safe_exec.kernel.channel import Channel
 from safe_exec.kernel.children import ChildHistory
 from safe_exec.kernel.connection import Address, ConnectFailed, Connection, connect
 from safe_exec.kernel.input_answers import InputAnswers
+from safe_exec.kernel.installed_kernels import installed_kernels
 from safe_exec.kernel.late_text import LateText
 from safe_exec.kernel.launch import (
     AgentChannels,
@@ -247,11 +248,7 @@ class KernelSession:
         except NoSuchKernel:
             spec = None
         if spec is None:
-            specs = km.kernel_spec_manager.get_all_specs()
-            raise KernelMissingError(
-                kernel_name,
-                {name: str(item["spec"].get("language", "")) for name, item in specs.items()},
-            )
+            raise KernelMissingError(kernel_name, installed_kernels())
         return spec
 
     def _watch(self) -> None:

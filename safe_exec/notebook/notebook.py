@@ -111,6 +111,7 @@ class Scan(Struct, frozen=True, kw_only=True):
     metadata: Mapping[str, Any]
     cells: tuple[Mapping[str, Any], ...]
     kernel_name: str | None
+    language: str | None
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -167,7 +168,8 @@ class Source(Struct, frozen=True, kw_only=True):
         metadata = copy.deepcopy(metadata)
         _drop_result(metadata)
         own = tuple(cell for cell in cells if not is_banner(cell))
-        return Scan(metadata=metadata, cells=own, kernel_name=_kernel_of(metadata)[0])
+        kernel_name, language = _kernel_of(metadata)
+        return Scan(metadata=metadata, cells=own, kernel_name=kernel_name, language=language)
 
     def notebook(self) -> Notebook:
         """Validate the notebook and return it; consumes the document. Raises NotebookError."""

@@ -21,11 +21,13 @@ from msgspec.structs import replace
 
 from safe_exec.errors import EnforcementError, LimitsError, OutputPathError, UsageError
 from safe_exec.files import OutputRoot, check_writable
+from safe_exec.kernel.installed_kernels import installed_kernels, is_installed
 from safe_exec.limits import isolation, profiles
 from safe_exec.model.limits import Isolation, LimitName, Limits, Wall
 from safe_exec.notebook import inputs as notebook_inputs
 from safe_exec.notebook import notebook
 from safe_exec.notebook.inputs import CellSelection, ExitMeaning, NotebookInputs, read_stdin
+from safe_exec.notebook.kernel_choice import KernelChoice, KernelFallback, stand_in
 from safe_exec.notebook.output_form import OutputForm
 from safe_exec.sandbox import keeper_process
 from safe_exec.sandbox.host.bwrap_probe import BwrapProbe
@@ -79,6 +81,9 @@ class Job(Struct, frozen=True, kw_only=True):
     verdict: Path | None = None
     repro: Path | None = None
     kernel: str | None = None
+    # Another language than that of `kernel` keeps the notebook's own kernel.
+    kernel_of_language: bool = False
+    kernel_fallback: KernelFallback = KernelFallback.LANGUAGE
     cwd: Path | None = None
     allow_errors: bool = False
     require: str | None = None
@@ -108,6 +113,7 @@ class NotebookHeader(Struct, frozen=True, kw_only=True):
     metadata: Mapping[str, Any]
     cells: tuple[Mapping[str, Any], ...]
     kernel_name: str | None
+    language: str | None = None
     parsed: notebook.Notebook | None = None
 
 
@@ -199,13 +205,13 @@ def prepare(
         header = read_header(source)
         limits = resolve_limits(job, header, bwrap_probe)
     paths = check_outputs(job)
+    choice = _choose_kernel(job, header)
     if kernel is not None and header.parsed is None:
         # A kernel takes longer to start than the rest of this function: validating the notebook,
         # the slowest step left, happens while it starts.
-        _start_kernel(kernel, job, header, limits, paths.cwd)
+        _start_kernel(kernel, job, header, limits, kernel_name=choice.name, cwd=paths.cwd)
     document = header.parsed or source.notebook()
-    kernel_name = job.kernel or document.kernel_name or DEFAULT_KERNEL
-    language = _language(job, kernel_name, document)
+    language = _language(job, choice.name, document)
     stripped = notebook.strip_annotations(document.node)
     applied = notebook_inputs.apply(stripped, job.inputs, language)
     marked = _marked(job, applied.node)
@@ -216,8 +222,8 @@ def prepare(
         skipped=applied.skipped | marked.skipped,
         may_raise=marked.may_raise,
         language=language,
-        kernel_name=kernel_name,
-        limits=limits.with_warnings(applied.warnings),
+        kernel_name=choice.name,
+        limits=limits.with_warnings((*filter(None, [choice.warning]), *applied.warnings)),
         paths=paths,
         run_id=kernel.run_id if kernel is not None else keeper_process.new_run_id(),
         started=started,
@@ -280,7 +286,10 @@ def read_header(source: notebook.Source) -> NotebookHeader:
     scan = source.scan()
     if scan is not None:
         return NotebookHeader(
-            metadata=scan.metadata, cells=scan.cells, kernel_name=scan.kernel_name
+            metadata=scan.metadata,
+            cells=scan.cells,
+            kernel_name=scan.kernel_name,
+            language=scan.language,
         )
     parsed = source.notebook()
     node = notebook.strip_annotations(parsed.node)
@@ -288,6 +297,7 @@ def read_header(source: notebook.Source) -> NotebookHeader:
         metadata=node.metadata,
         cells=tuple(node.cells),
         kernel_name=parsed.kernel_name,
+        language=parsed.language,
         parsed=parsed,
     )
 
@@ -483,15 +493,41 @@ def refuse_same(paths: Mapping[str, Path]) -> None:
 # --- the kernel ---------------------------------------------------------------------------------
 
 
+def _choose_kernel(job: Job, header: NotebookHeader) -> KernelChoice:
+    """Choose the kernel: the job's, the notebook's own, or another one of its language."""
+    if job.kernel is not None and not (job.kernel_of_language and _speaks_another(job, header)):
+        return KernelChoice(job.kernel)
+    language = header.language
+    is_python = language is None or language.lower() == "python"
+    # A notebook without a kernelspec is Python, unless its metadata name another language.
+    name = header.kernel_name or (DEFAULT_KERNEL if is_python else None)
+    if job.kernel_fallback is KernelFallback.NEVER or (name is not None and is_installed(name)):
+        return KernelChoice(name or DEFAULT_KERNEL)
+    replacement = stand_in(name or "for this notebook", language, installed_kernels())
+    return replacement or KernelChoice(name or DEFAULT_KERNEL)
+
+
+def _speaks_another(job: Job, header: NotebookHeader) -> bool:
+    """Tell whether the job's kernel is of another language than the notebook."""
+    spoken = installed_kernels().get((job.kernel or "").lower())
+    return bool(spoken and header.language and spoken.lower() != header.language.lower())
+
+
 def _start_kernel(
-    kernel: PrestartedKernel, job: Job, header: NotebookHeader, limits: JobLimits, cwd: Path
+    kernel: PrestartedKernel,
+    job: Job,
+    header: NotebookHeader,
+    limits: JobLimits,
+    *,
+    kernel_name: str,
+    cwd: Path,
 ) -> None:
     plan = limits.plan(kernel.run_id)
     # The run itself reports a required limit that cannot be enforced, in its verdict.
     with contextlib.suppress(EnforcementError):
         require(plan, limits.required)
         kernel.launch(
-            job.kernel or header.kernel_name or DEFAULT_KERNEL,
+            kernel_name,
             plan=plan,
             limits=replace(
                 limits.values, cell_output=largest_output(limits.resolved, header.cells)

@@ -430,7 +430,8 @@ def test_a_read_only_folder_with_outputs_elsewhere(for_anybody: Path) -> None:
 
 @pytest.mark.bed("bash")
 def test_an_unknown_kernel_names_those_installed_in_a_verdict(tmp_path: Path) -> None:
-    outcome = run_notebook(make_notebook(tmp_path / "nb.ipynb", "1", kernel="pithon"))
+    path = make_notebook(tmp_path / "nb.ipynb", "1", kernel="pithon")
+    outcome = run_notebook(path, "--kernel-fallback", "never")
     assert (outcome.code, outcome.verdict["status"]) == (6, "start_failed")
     assert outcome.verdict["cause"]["kind"] == "kernel_start_failed"
     for word in ("pithon", "python3", "bash"):

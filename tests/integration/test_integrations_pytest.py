@@ -186,7 +186,7 @@ def test_ends_that_are_no_cells(project: Path, mark: str) -> None:
     for path in (project / "docs").glob("*.ipynb"):
         path.unlink()
     make_notebook(project / "loop.ipynb", "while True:\n    pass")
-    make_notebook(project / "absent.ipynb", "1", kernel="no-such-kernel")
+    make_notebook(project / "absent.ipynb", "1", kernel="no-such-kernel", language="none")
     (project / "torn.ipynb").write_text('{"cells": [')
     options = ("--safe-exec-cell-timeout", "1s", "--safe-exec-no-bisect", "--junitxml=junit.xml")
     done = run_pytest(project, mark, "--safe-exec", *options)

@@ -9,6 +9,7 @@ from safe_exec.diagnosis.context import Context, inside, make, outside
 from safe_exec.model.ending import InternalError, StartFailed, TerminationReason
 from safe_exec.model.limits import LimitName, Mechanism
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
+from safe_exec.notebook.kernel_choice import kernels_of_language
 
 # How programs say that they were refused memory.
 MEMORY = re.compile("out of memory|annot allocate|bad_alloc|MemoryError|virtual memory")
@@ -30,10 +31,6 @@ TOO_LITTLE = (
 # Begins the line with which our own part of the kernel declines to start: reason, colon, remedy.
 DECLINED = "safe-exec: "
 MOST_CHARACTERS = 500
-
-
-# Names that are chosen first among kernels of the same language.
-PREFERRED_KERNELS = ("python3", "ir", "bash")
 
 
 def _is_held_by_rlimit(context: Context) -> bool:
@@ -108,20 +105,10 @@ def _advice_for_missing_kernel(installed: Mapping[str, str], language: str | Non
     Another one of the same language, if any.
     """
     # A kernel of the same language runs the notebook most likely.
-    alike = sorted(
-        name
-        for name, spoken in installed.items()
-        if language and spoken.lower() == language.lower()
-    )
-    preferred = next(
-        (name for name in alike if name in PREFERRED_KERNELS), alike[0] if alike else None
-    )
-    if preferred is not None:
-        others = (
-            f" ({', '.join(name for name in alike if name != preferred)} too)"
-            if len(alike) > 1
-            else ""
-        )
+    alike = kernels_of_language(installed, language)
+    if alike:
+        preferred = alike[0]
+        others = f" ({', '.join(alike[1:])} too)" if len(alike) > 1 else ""
         return (
             f"Run it with an installed kernel of the same language: --kernel {preferred}{others}."
             " Or install the kernel that the notebook names, in the environment that safe-exec "
