@@ -17,7 +17,7 @@ from safe_exec.notebook import kernel_choice, output_form
 from safe_exec.notebook.inputs import CellSelection, NotebookInputs, exit_meaning, read_stdin
 from safe_exec.notebook.output_form import OutputForm
 from safe_exec.workflows.prepare import Bisect, Job, prepare
-from safe_exec.workflows.run import run_job
+from safe_exec.workflows.run import OutputListener, run_job
 
 if TYPE_CHECKING:
     from safe_exec.notebook.comparison import ComparisonRules
@@ -55,6 +55,7 @@ def run(
     bisect: str = "auto",
     bisect_budget: float | None = None,
     on_event: EventSink | None = None,
+    on_output: OutputListener | None = None,
 ) -> Verdict:
     """Run one notebook inside its limits, write its documents, and return the verdict.
 
@@ -76,7 +77,8 @@ def run(
     itself if it passes, and with ``on_failure="write"`` always; ``clean_metadata`` leaves times and
     figures out of it, ``no_output`` the outputs. ``bisect`` is ``"auto"``, ``"always"`` or ``"never"``:
     whether a culprit search follows a failure; ``bisect_budget`` is its time limit in seconds
-    (``None``: 60, or three times the first run). ``on_event`` is called with each event.
+    (``None``: 60, or three times the first run). ``on_event`` is called with each event, ``on_output``
+    with each text that a cell writes (index of the cell, stream, text).
 
     A failing notebook yields a verdict, not an exception. Raises UsageError (and its kinds
     NotebookError, LimitsError, OutputPathError) for unusable input, before anything is written.
@@ -114,6 +116,7 @@ def run(
             bisect=bisect,
             bisect_budget=bisect_budget,
             on_event=on_event,
+            on_output=on_output,
         )
     )
 
@@ -149,6 +152,7 @@ async def run_async(
     bisect: str = "auto",
     bisect_budget: float | None = None,
     on_event: EventSink | None = None,
+    on_output: OutputListener | None = None,
 ) -> Verdict:
     """Run one notebook inside a running event loop; see ``run``."""
     job = Job(
@@ -190,7 +194,7 @@ async def run_async(
         bisect_budget=bisect_budget,
         sinks=(on_event,) if on_event is not None else (),
     )
-    return await run_job(prepare(job))
+    return await run_job(prepare(job), on_output=on_output)
 
 
 def _refuse_a_running_loop() -> None:

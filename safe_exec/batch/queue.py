@@ -26,6 +26,7 @@ from safe_exec.errors import UsageError
 from safe_exec.files import OutputRoot
 from safe_exec.model.events import EventSink
 from safe_exec.reports.batch.results import NOT_RUN, UNCHANGED, NotebookResult
+from safe_exec.reports.follow import OutputFollower
 from safe_exec.workflows.prepare import Job, PreparedJob, prepare
 
 QueuedT = TypeVar("QueuedT")
@@ -48,6 +49,9 @@ class BatchListener(Protocol):
 
     def load(self, machines: Mapping[str, tuple[int, int]]) -> None:
         """Show the machines of a cluster: how many notebooks run, and how many may."""
+
+    def follower(self, path: str) -> OutputFollower | None:
+        """Return a display of a notebook's output, ``None`` if nobody follows it."""
 
     def finished(self, result: NotebookResult, headline: str) -> None:
         """Show a notebook that finished or was skipped, with its verdict in one line."""
@@ -95,6 +99,7 @@ class NotebookQueue(Generic[QueuedT]):
             kernels=Kernels(),
             broadcast=self.broadcast,
             sink=listener.sink,
+            follower=listener.follower,
         )
         # Without --resume the records of the previous batch are not trusted: limits may differ.
         self.past = journal.past.finished if plan.resume else {}

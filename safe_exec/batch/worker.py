@@ -31,6 +31,7 @@ from safe_exec.model.events import EventSink
 from safe_exec.model.limits import Limits
 from safe_exec.model.verdict import Status, Verdict
 from safe_exec.reports.batch.results import REFUSED
+from safe_exec.reports.follow import OutputFollower
 from safe_exec.reports.text.common import headline
 from safe_exec.trial.request import Cancellation
 from safe_exec.workflows.prepare import Job, PreparedJob, prepare, start_clock
@@ -105,7 +106,8 @@ class NotebookTask(Struct, frozen=True, kw_only=True):
 class BatchContext(Struct, frozen=True, kw_only=True):
     """State that all notebooks of a batch share.
 
-    ``sink`` takes a notebook's path and attempt and returns the sink for its events.
+    ``sink`` takes a notebook's path and attempt and returns the sink for its events; ``follower``
+    returns the display of its output.
     """
 
     out: OutputRoot
@@ -116,6 +118,7 @@ class BatchContext(Struct, frozen=True, kw_only=True):
     kernels: Kernels
     broadcast: SignalBroadcast
     sink: Callable[[str, int], EventSink]
+    follower: Callable[[str], OutputFollower | None] = lambda _path: None
 
 
 def run_task(task: NotebookTask, context: BatchContext, gate: StartGate) -> JournalRecord | None:
@@ -179,6 +182,7 @@ def _run(task: NotebookTask, context: BatchContext, gate: StartGate) -> JournalR
                 run_attempt(
                     prepared,
                     context.sink(task.notebook.path, attempt),
+                    context.follower(task.notebook.path),
                     context.broadcast,
                     is_retried,
                 )
@@ -222,6 +226,7 @@ def _never(_verdict: Verdict) -> bool:
 async def run_attempt(
     prepared: PreparedJob,
     sink: EventSink,
+    follower: OutputFollower | None,
     broadcast: SignalBroadcast,
     is_retried: Callable[[Verdict], bool],
 ) -> Verdict:
@@ -230,7 +235,8 @@ async def run_attempt(
     with broadcast.subscribed(cancellation):
         return await run_job(
             prepared,
-            (sink,),
+            (sink,) if follower is None else (follower, sink),
+            on_output=None if follower is None else follower.take,
             cancellation=cancellation,
             worth_a_search=lambda verdict: not is_retried(verdict),
         )

@@ -18,7 +18,7 @@ from safe_exec.batch.cluster.connection import LOCAL, ClusterAddress, demand_das
 from safe_exec.batch.ordering import cut, parse_shard, read_timings
 from safe_exec.batch.selection import SelectedNotebook, select
 from safe_exec.cli.inputs import input_options
-from safe_exec.cli.outputs import output_options
+from safe_exec.cli.outputs import follow_option, output_options
 from safe_exec.cli.run import job_of, limit_options, wall_options
 from safe_exec.errors import OutputPathError
 from safe_exec.files import one_line
@@ -147,8 +147,9 @@ STDIN = "-"
     default=None,
     help="Write codequality.json to --out [if GITLAB_CI is set].",
 )
+@follow_option
 @click.option("-q", "--quiet", is_flag=True, help="Print the last line only.")
-def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> int:
+def command(paths: tuple[str, ...], out: Path, quiet: bool, follow: bool, **options: Any) -> int:
     """Run the notebooks in PATH..., each in its own folder and inside its own limits.
 
     PATH is a file, a folder or a pattern; - reads a list from standard input. With --limits ci a
@@ -202,7 +203,7 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, **options: Any) -> i
         *([f"skipped {selection.ours} that safe-exec wrote"] if selection.ours else []),
     ]
     # Standard output has the result only, so scripts can read it.
-    with BatchProgress(sys.stderr, quiet=quiet) as progress:
+    with BatchProgress(sys.stderr, quiet=quiet, follow=follow, github=github) as progress:
         for note in notes:
             progress.note(note)
         report = partial(write_all, more=more)

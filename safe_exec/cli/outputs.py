@@ -30,6 +30,11 @@ OUTPUT_OPTIONS = (
 )
 
 
+follow_option = click.option(
+    "--follow", is_flag=True, help="Print what cells write to stdout and stderr while they run."
+)
+
+
 def output_options(function: Any) -> Any:
     """Add the options to a command."""
     # Decorators apply from the inside out, so the last option is added first.

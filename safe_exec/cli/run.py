@@ -20,7 +20,7 @@ from safe_exec.cli.inputs import (
     variables_of,
     walls_with,
 )
-from safe_exec.cli.outputs import form_of, output_options
+from safe_exec.cli.outputs import follow_option, form_of, output_options
 from safe_exec.errors import UsageError
 from safe_exec.kernel.prestart import PrestartedKernel
 from safe_exec.limits import spec
@@ -168,12 +168,15 @@ WALL_OPTIONS = (
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the verdict as JSON instead of the diagnosis."
 )
+@follow_option
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def command(
+    *,
     notebook: Path,
     out: Path | None,
     as_json: bool,
     quiet: bool,
+    follow: bool,
     events: Path | None,
     **options: Any,
 ) -> int:
@@ -202,7 +205,8 @@ def command(
                     "--events": events,
                 }
             )
-        verdict = _run(prepared, events, quiet=quiet or (as_json and not sys.stderr.isatty()))
+        quiet_progress = quiet or (as_json and not sys.stderr.isatty())
+        verdict = _run(prepared, events, quiet=quiet_progress, follow=follow)
     _show(verdict, as_json=as_json, quiet=quiet)
     return verdict.exit_code
 
@@ -308,7 +312,7 @@ def parse_budget(text: str | None, option: str = "--bisect-budget") -> float | N
     return seconds
 
 
-def _run(prepared: PreparedJob, events: Path | None, *, quiet: bool) -> Verdict:
+def _run(prepared: PreparedJob, events: Path | None, *, quiet: bool, follow: bool) -> Verdict:
     # Imported here, while the kernel starts.
     import asyncio
 
@@ -321,8 +325,17 @@ def _run(prepared: PreparedJob, events: Path | None, *, quiet: bool) -> Verdict:
         if events is not None:
             # Opened first: an unwritable event log is reported before anything runs.
             sinks.append(stack.enter_context(EventLog(events)))
-        sinks.append(stack.enter_context(progress.Progress(sys.stderr, quiet=quiet)))
-        return asyncio.run(run_job(prepared, tuple(sinks)))
+        display = stack.enter_context(progress.Progress(sys.stderr, quiet=quiet))
+        follower = None
+        if follow:
+            from safe_exec.batch.ci import on_github
+            from safe_exec.reports.follow import OutputFollower
+
+            follower = OutputFollower(display.write_line, github=on_github())
+            sinks.append(follower)
+        sinks.append(display)
+        on_output = None if follower is None else follower.take
+        return asyncio.run(run_job(prepared, tuple(sinks), on_output=on_output))
 
 
 def _show(verdict: Verdict, *, as_json: bool, quiet: bool) -> None:

@@ -123,6 +123,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             f"--safe-exec-{name}", action="store_true", help=f"As `safe-exec run --{name}`."
         )
     group.addoption(
+        "--safe-exec-follow",
+        action="store_true",
+        help="Print the output of cells while they run; pytest shows it with -s, or if they fail.",
+    )
+    group.addoption(
         "--safe-exec-on-failure",
         choices=("keep", "write"),
         help="As `safe-exec run --on-failure` [keep].",
@@ -187,6 +192,7 @@ class Settings:
     inputs: Any = None
     comparison: Any = None
     form: Any = None
+    follow: bool = False
     variables: dict[str, str] = field(default_factory=dict)
     cwd: Path | None = None
     kernel: str | None = None
@@ -242,6 +248,7 @@ def _settings(config: pytest.Config) -> Settings:
         # Lenient: in a folder of notebooks, some have no cell with a given tag.
         inputs=inputs_of(input_options, lenient=True),
         comparison=comparison_of(input_options, "--safe-exec-"),
+        follow=config.getoption("safe_exec_follow"),
         form=form_of(_output_options(config), "--safe-exec-"),
         variables=variables,
         cwd=_working_directory(config.getoption("safe_exec_cwd"), config.invocation_params.dir),
@@ -430,6 +437,7 @@ class NotebookItem(pytest.Item):
         import asyncio
 
         from safe_exec.notebook.kernel_choice import KernelFallback
+        from safe_exec.reports.follow import OutputFollower
         from safe_exec.workflows.prepare import Bisect, Job, prepare
         from safe_exec.workflows.run import run_job
 
@@ -460,7 +468,10 @@ class NotebookItem(pytest.Item):
                 bisect_budget=settings.bisect_budget,
                 env=self._environment(),
             )
-            return asyncio.run(run_job(prepare(job)))
+            follower = OutputFollower(_print_line) if settings.follow else None
+            sinks = () if follower is None else (follower,)
+            on_output = None if follower is None else follower.take
+            return asyncio.run(run_job(prepare(job), sinks, on_output=on_output))
 
     def _environment(self) -> dict[str, str]:
         ours = {name: value for name, value in os.environ.items() if name != UNDER_TEST}
@@ -511,6 +522,11 @@ class NotebookItem(pytest.Item):
         if isinstance(excinfo.value, SafeExecError):
             return f"safe-exec: {excinfo.value}"
         return super().repr_failure(excinfo, style)
+
+
+def _print_line(line: str, _stream: str) -> None:
+    # pytest captures standard output, and shows it below a failure.
+    print(line)  # noqa: T201
 
 
 def properties(verdict: Verdict) -> Iterable[tuple[str, str | int | float]]:

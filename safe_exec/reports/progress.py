@@ -333,6 +333,10 @@ class Progress:
             self._silent = True
         self._keep_ticking()
 
+    def write_line(self, line: str, stream: str) -> None:
+        """Write a line of a cell's output above the line that is redrawn, quiet or not."""
+        quietly(lambda: write_output(self._stream, self._live, self._style, line, stream))
+
     def _show(self, event: events.Event) -> None:
         line = notable(event, self._situation)
         if self._live is not None:
@@ -396,6 +400,17 @@ class Progress:
         return Text.assemble(
             (doing, "bold"), pad, (figures, "cyan"), (below, "dim"), no_wrap=True, overflow="crop"
         )
+
+
+def write_output(target: TextIO, live: Live | None, style: Style, line: str, stream: str) -> None:
+    """Write a line of a cell's output; ``stream`` is its stream there, empty for a heading."""
+    fitted_line = style.fit(line)
+    if live is None:
+        target.write(f"{fitted_line}\n")
+        target.flush()
+        return
+    colour = {"stderr": "yellow", "": "dim"}.get(stream)
+    live.console.print(fitted_line, style=colour, markup=False, highlight=False, soft_wrap=True)
 
 
 def start_live(stream: TextIO) -> Live:

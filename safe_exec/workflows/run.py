@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("safe_exec")
 
+# Called with the index of a cell, the name of a stream, and a text.
+OutputListener = Callable[[int, str, str], None]
+
 HELD_BYTES = 1 << 20
 _NEEDED_LATER = (
     "safe_exec.diagnosis.verdict",
@@ -66,13 +69,15 @@ async def run_job(
     sinks: tuple[EventSink, ...] = (),
     *,
     cancellation: Cancellation | None = None,
+    on_output: OutputListener | None = None,
     worth_a_search: Callable[[Verdict], bool] = lambda _verdict: True,
 ) -> Verdict:
     """Run the notebook and write its documents; return the verdict.
 
     A signal ends the run, but everything is still written. A caller that runs several notebooks
     passes its own ``cancellation`` and handles signals itself. ``worth_a_search`` can decline the
-    search for culprits, depending on the verdict.
+    search for culprits, depending on the verdict. ``on_output`` is told of each text that a cell
+    writes: the cell's index, the stream, and the text with secrets masked.
     """
     from safe_exec.trial.request import Cancellation
     from safe_exec.workflows.bisect import FolderSnapshot
@@ -92,7 +97,9 @@ async def run_job(
         # A notebook that fills its disk must not keep the verdict from being written.
         reserved = ReservedSpace(prepared.paths.notebook.absolute().parent, HELD_BYTES)
         try:
-            first = await _first_run(prepared, emit, cancellation, folder)
+            first = await _first_run(
+                prepared, emit, cancellation, folder, _texts(on_output, documents.mask)
+            )
         finally:
             reserved.release()
         first = _compared(prepared, first)
@@ -201,8 +208,6 @@ async def _first_run(
     # The keeper deletes the copy of the folder if it outlives the runner.
     plan = replace(plan, cleanup_if_runner_dies=folder.directories)
     request = request_for(prepared, plan, prepared.node, cancellation, emit)
-    if on_message is not None:
-        request = replace(request, on_message=on_message)
     try:
         require(plan, prepared.limits.required)
     except EnforcementError as error:
@@ -211,7 +216,11 @@ async def _first_run(
     folder.begin()
     # A task beside the trial: the event loop is idle while the kernel starts.
     warming = asyncio.create_task(_warm_up())
-    result = await run_trial(replace(request, before_cells=folder.done, early=kernel))
+    first_request = replace(request, before_cells=folder.done, early=kernel)
+    if on_message is not None:
+        # Not in the request that is returned: nobody follows the trials of a search.
+        first_request = replace(first_request, on_message=on_message)
+    result = await run_trial(first_request)
     await warming
     return FirstRun(request=request, result=result, plan=plan)
 
@@ -248,6 +257,21 @@ def abandon_job(prepared: PreparedJob, message: str) -> Verdict:
         environment = replace(verdict.environment, machine=None)
         verdict = replace(verdict, environment=environment)
         return write(prepared, verdict, result.node, documents)
+
+
+def _texts(
+    on_output: OutputListener | None, mask: Mask
+) -> Callable[[int, dict[str, Any]], None] | None:
+    """Return a listener for messages that passes the texts of cells on."""
+    if on_output is None:
+        return None
+
+    def on_message(index: int, message: dict[str, Any]) -> None:
+        if message["msg_type"] == "stream":
+            content = message["content"]
+            on_output(index, content["name"], mask(content["text"]))
+
+    return on_message
 
 
 async def _warm_up() -> None:

@@ -16,7 +16,8 @@ from msgspec import Struct
 
 from safe_exec.model import events
 from safe_exec.reports.batch.results import UNCHANGED, NotebookResult
-from safe_exec.reports.progress import Situation, quietly, start_live
+from safe_exec.reports.follow import OutputFollower
+from safe_exec.reports.progress import Situation, quietly, start_live, write_output
 from safe_exec.reports.terminal import Style, is_terminal
 from safe_exec.reports.text import common
 from safe_exec.units import format_seconds
@@ -42,8 +43,15 @@ class BatchProgress:
     """Shows a batch on ``stream``; a context manager. After an error the stream is not used again."""
 
     def __init__(
-        self, stream: TextIO, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic
+        self,
+        stream: TextIO,
+        *,
+        quiet: bool = False,
+        follow: bool = False,
+        github: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._follow, self._github = follow, github
         self._stream = stream
         self._style = Style.of(stream)
         self._clock = clock
@@ -93,6 +101,18 @@ class BatchProgress:
     def load(self, machines: Mapping[str, tuple[int, int]]) -> None:
         """Take the machines of a cluster: the notebooks that run, and those that may."""
         self._machines = dict(sorted(machines.items()))
+
+    def follower(self, path: str) -> OutputFollower | None:
+        """Return a display of a notebook's output, if that is wanted."""
+        if not self._follow:
+            return None
+        # A log group must be written at once: several notebooks run at a time.
+        return OutputFollower(
+            self._write_line, prefix=path, github=self._github, whole_cells=self._github
+        )
+
+    def _write_line(self, line: str, stream: str) -> None:
+        quietly(lambda: write_output(self._stream, self._live, self._style, line, stream))
 
     def finished(self, result: NotebookResult, headline: str) -> None:
         """Show a finished notebook."""
