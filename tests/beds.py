@@ -10,6 +10,7 @@ A new bed is a function and a line in ``BEDS``.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -198,6 +199,10 @@ def _free_threaded() -> str:
     return "" if free_threaded_interpreter() else "neither the system nor pyenv has such a build"
 
 
+def _jupytext() -> str:
+    return "" if importlib.util.find_spec("jupytext") else "not installed (extra jupytext)"
+
+
 def _python(version: str) -> Callable[[], str]:
     return lambda: "" if interpreter(version) else "neither the system nor pyenv has it"
 
@@ -215,6 +220,7 @@ BEDS: Mapping[str, Callable[[], str]] = {
     "bubblewrap": _bubblewrap,
     "landlock": _landlock,
     "runexec": _runexec,
+    "jupytext": _jupytext,
     "bash": _kernel("bash", "bash"),
     "R": _kernel("ir", "R"),
     "deno": _kernel("deno"),

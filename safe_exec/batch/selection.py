@@ -19,6 +19,7 @@ from msgspec import Struct, field
 from safe_exec.errors import UsageError
 from safe_exec.files import one_line
 from safe_exec.limits.project_file import matches
+from safe_exec.notebook.text_formats import is_text_format
 
 SUFFIX = ".ipynb"
 OURS = (".out.ipynb", ".repro.ipynb")
@@ -204,7 +205,9 @@ def _add_pattern(pattern: str, selection: _FileSet, out: Path) -> None:
     hits = [Path(hit) for hit in sorted(glob.glob(pattern, root_dir=selection.cwd, recursive=True))]
     if not hits:
         raise UsageError(f"{one_line(pattern)}: matches nothing")
-    files = [hit for hit in hits if hit.suffix == SUFFIX and (selection.cwd / hit).is_file()]
+    # `docs/*.md` names notebooks kept as text; `docs/*` does not.
+    suffixes = {SUFFIX, *({Path(pattern).suffix} if is_text_format(Path(pattern)) else ())}
+    files = [hit for hit in hits if hit.suffix in suffixes and (selection.cwd / hit).is_file()]
     for folder in (hit for hit in hits if "**" not in pattern and (selection.cwd / hit).is_dir()):
         files += _walk(selection.cwd, folder, out)
     _add_unless_ignored([file for file in files if _is_meant(file, selection.cwd, out)], selection)

@@ -10,9 +10,10 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
+from msgspec import Struct, field
 from msgspec.structs import replace
 
 from safe_exec._version import __version__
@@ -96,6 +97,7 @@ class RunInfo(Struct, frozen=True, kw_only=True):
     """The facts of a run that its trial does not know: its request, its notebook, its start.
 
     ``language`` is the one that the notebook's metadata name. ``warnings`` come from its limits.
+    ``file_lines`` are the lines in the file of a notebook kept as text, by the id of a cell.
     """
 
     run_id: str
@@ -111,6 +113,7 @@ class RunInfo(Struct, frozen=True, kw_only=True):
     allow_errors: bool
     inputs: NotebookInputs
     warnings: tuple[str, ...]
+    file_lines: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict:
@@ -146,7 +149,9 @@ def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict
         notebook=info,
         cause=cause,
         memory=memory_use(context, cause),
-        crash_cell=crash_cell(result.ending, result.location, result.node, evidence.fault),
+        crash_cell=crash_cell(
+            result.ending, result.location, result.node, evidence.fault, run.file_lines
+        ),
         differences=result.ending.differences if isinstance(result.ending, OutputsDiffer) else (),
         cells=tuple(metrics.records.values()),
         limits=run.limits,
@@ -207,7 +212,11 @@ def _language(node: Any) -> str | None:
 
 
 def crash_cell(
-    ending: Ending, location: CellLocation | None, node: Any, fault: FaultReport | None = None
+    ending: Ending,
+    location: CellLocation | None,
+    node: Any,
+    fault: FaultReport | None = None,
+    file_lines: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> CrashCell | None:
     """Return the cell that was running at the failure, with its line if it is known."""
     # Some endings have no cell: a failed start, for example.
@@ -231,6 +240,7 @@ def crash_cell(
         else (),
         native=tuple(_of_native(frame, node) for frame in fault.native) if fault else (),
         native_error=fault.native_error if fault is not None else None,
+        file_line=_file_line(file_lines.get(cell.get("id", str(index)), ()), line),
     )
 
 
@@ -240,6 +250,10 @@ def _of_native(frame: NativeFrame, node: Any) -> NativeFrame:
         return frame
     variables = {name: value[:LONGEST_VALUE] for name, value in frame.locals.items()}
     return replace(frame, python=_with_source(frame.python, node), locals=variables)
+
+
+def _file_line(lines: tuple[int, ...], line: int | None) -> int | None:
+    return lines[line - 1] if line is not None and line <= len(lines) else None
 
 
 def without_plumbing(stack: tuple[Frame, ...]) -> tuple[Frame, ...]:

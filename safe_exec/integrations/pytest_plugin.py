@@ -360,10 +360,36 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.File | None:
     """Collect a notebook as a file with one test."""
-    if parent.config.stash.get(SETTINGS, None) is None or file_path.suffix != SUFFIX:
+    if parent.config.stash.get(SETTINGS, None) is None:
+        return None
+    if file_path.suffix != SUFFIX and not _is_named_text(file_path, parent.session):
+        return None
+    # A script is collected below, in place of pytest's own module.
+    if file_path.suffix == ".py":
         return None
     file: NotebookFile = NotebookFile.from_parent(parent, path=file_path)
     return file
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.File | None:
+    """Collect a script with cells, if the user named it, as a file with one test."""
+    if parent.config.stash.get(SETTINGS, None) is None:
+        return None
+    if not _is_named_text(module_path, parent.session):
+        return None
+    file: NotebookFile = NotebookFile.from_parent(parent, path=module_path)
+    return file
+
+
+def _is_named_text(path: Path, session: pytest.Session) -> bool:
+    """Return whether the user named a notebook that is kept as text."""
+    # In a folder most scripts and Markdown files are no notebooks, so only named ones count.
+    if not session.isinitpath(path):
+        return False
+    from safe_exec.notebook.text_formats import has_cells, is_text_format
+
+    return is_text_format(path) and path.is_file() and has_cells(path, path.read_bytes())
 
 
 def is_collected(path: Path) -> bool:
@@ -484,7 +510,7 @@ class NotebookItem(pytest.Item):
         relative = (
             path.relative_to(root) if path.is_relative_to(root) else path.relative_to(path.anchor)
         )
-        return self._settings.out / relative.with_name(relative.name[: -len(SUFFIX)])
+        return self._settings.out / relative.with_name(relative.name.removesuffix(SUFFIX))
 
     # --- reporting
     # ----------------------------------------------------------------------------------
@@ -492,18 +518,11 @@ class NotebookItem(pytest.Item):
     def _point_at(self, verdict: Verdict) -> None:
         """Make reports point at the failing line."""
         # pytest has asked for the location before the run and caches the answer.
-        from safe_exec.reports.batch.source_map import placed, read_as_run
+        from safe_exec.reports.batch.source_map import crash_line
 
-        crash = verdict.crash_cell
-        text = read_as_run(self.path, verdict.notebook.sha256) if crash is not None else None
-        if (
-            crash is not None
-            and text is not None
-            and (cell := placed(text, {crash.index}).get(crash.index)) is not None
-        ):
-            # An unknown line points at the first line of the cell.
-            line = (crash.line or 1) - 1
-            self._line = cell.lines[line if line < len(cell.lines) else 0] - 1
+        line = crash_line(self.path, verdict)
+        if line is not None:
+            self._line = line - 1
         # Node.location is a cached_property.
         self.__dict__.pop("location", None)
 

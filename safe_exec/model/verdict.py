@@ -162,6 +162,8 @@ class CrashCell(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     native: tuple[NativeFrame, ...] = ()
     # Why the native stack of a crash could not be read.
     native_error: str | None = None
+    # The line in the file of a notebook kept as text, from 1.
+    file_line: Line | None = None
 
 
 class CellStatus(StrEnum):

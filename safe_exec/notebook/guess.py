@@ -53,18 +53,22 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
         "save it as UTF-8: iconv -f UTF-16 -t UTF-8 {file} > {stem}.utf8.ipynb",
     ),
 )
+_SCRIPT = "run it with "
 _JUPYTEXT = "make a notebook of it: jupytext --to ipynb {file}"
 # Formats without such bytes, by the suffix of the name.
 _SUFFIXES: Mapping[str, tuple[str, str]] = {
-    ".py": ("a Python script", f"run it with python {{file}}, or {_JUPYTEXT}"),
+    ".py": ("a Python script without cells", f"mark cells with # %%, or {_SCRIPT}python {{file}}"),
     ".ipy": ("an IPython script", "run it with ipython {file}"),
-    ".r": ("an R script", f"run it with Rscript {{file}}, or {_JUPYTEXT}"),
-    ".jl": ("a Julia script", f"run it with julia {{file}}, or {_JUPYTEXT}"),
+    ".r": ("an R script without cells", f"mark cells with # %%, or {_SCRIPT}Rscript {{file}}"),
+    ".jl": ("a Julia script without cells", f"mark cells with # %%, or {_SCRIPT}julia {{file}}"),
     ".sh": ("a shell script", "run it with sh {file}"),
-    ".md": ("a Markdown document", _JUPYTEXT),
+    ".md": (
+        "a Markdown document without code cells",
+        "pass one with cells, or a notebook (.ipynb)",
+    ),
     ".markdown": ("a Markdown document", _JUPYTEXT),
-    ".rmd": ("an R Markdown document", _JUPYTEXT),
-    ".qmd": ("a Quarto document", "make a notebook of it: quarto convert {file}"),
+    ".rmd": ("an R Markdown document without code cells", "pass one with cells"),
+    ".qmd": ("a Quarto document without code cells", "pass one with cells"),
     ".rst": ("a reStructuredText document", "pass a notebook (.ipynb)"),
     ".txt": ("a text file", "pass a notebook (.ipynb)"),
     ".csv": ("a table", "pass a notebook (.ipynb)"),

@@ -48,12 +48,17 @@ def kernels_of_language(installed: Mapping[str, str], language: str | None) -> l
 
 
 def stand_in(
-    kernel: str, language: str | None, installed: Mapping[str, str]
+    kernel: str | None, language: str | None, installed: Mapping[str, str]
 ) -> KernelChoice | None:
-    """Return the kernel that replaces one which is not installed; ``None`` if there is none."""
+    """Return the kernel that replaces one which is not installed; ``None`` if there is none.
+
+    ``kernel`` is ``None`` for a notebook that names no kernel.
+    """
     alike = kernels_of_language(installed, language)
     if not alike:
         return None
+    if kernel is None:
+        return KernelChoice(alike[0])
     return KernelChoice(
         alike[0],
         f"kernel {kernel} is not installed: ran with {alike[0]}, of the same language ({language});"

@@ -15,10 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from safe_exec.errors import NotebookError
 from safe_exec.files import check_writable, one_line, read_regular, write_atomically
+from safe_exec.notebook import text_formats
 from safe_exec.notebook.encode import DEEPEST, IDS_SINCE, Encoded, dumps, is_shallow, joined, mapped
 from safe_exec.notebook.guess import guess, guess_json
 from safe_exec.notebook.validate import problems
@@ -71,13 +72,17 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Notebook(Struct, frozen=True, kw_only=True):
-    """A notebook as read. ``node`` has nbformat 4; ``sha256`` is the hash of the file in hex."""
+    """A notebook as read. ``node`` has nbformat 4; ``sha256`` is the hash of the file in hex.
+
+    ``file_lines`` are the lines in the file of a notebook kept as text, from 1, by the id of a cell.
+    """
 
     path: Path
     node: NotebookNode
     sha256: str
     kernel_name: str | None
     language: str | None
+    file_lines: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class CodeCell(Struct, frozen=True, kw_only=True):
@@ -126,12 +131,14 @@ def read(path: Path | str) -> Notebook:
 
 
 class Source(Struct, frozen=True, kw_only=True):
-    """A file that contains JSON and declares itself a notebook."""
+    """A file that contains a notebook, as JSON or as text with cells."""
 
     path: Path
     data: bytes
     document: Any
     version: tuple[int, int]
+    # A text that jupytext converts, not JSON.
+    text: bool = False
 
     @classmethod
     def of(cls, path: Path) -> Self:
@@ -142,7 +149,13 @@ class Source(Struct, frozen=True, kw_only=True):
                 f"{one_line(path)}: is a directory, not a notebook; run all notebooks in it: "
                 f"safe-exec batch {one_line(path)}"
             )
-        return cls.of_data(path, read_regular(path, most=MOST_BYTES, error=NotebookError))
+        data = read_regular(path, most=MOST_BYTES, error=NotebookError)
+        if text_formats.is_text_format(path) and text_formats.has_cells(path, data):
+            document = text_formats.document_of(path, data)
+            return cls(
+                path=path, data=data, document=document, version=_version(document, path), text=True
+            )
+        return cls.of_data(path, data)
 
     @classmethod
     def of_data(cls, path: Path, data: bytes) -> Self:
@@ -190,7 +203,12 @@ class Source(Struct, frozen=True, kw_only=True):
             sha256=sha256,
             kernel_name=kernel,
             language=language,
+            file_lines=self._file_lines(node) if self.text else {},
         )
+
+    def _file_lines(self, node: NotebookNode) -> dict[str, tuple[int, ...]]:
+        ids = [cell.get("id", str(index)) for index, cell in enumerate(node.cells)]
+        return dict(zip(ids, text_formats.file_lines(self.data, node.cells), strict=True))
 
 
 def _has_metadata(cell: Any) -> bool:

@@ -20,7 +20,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from safe_exec.errors import EnforcementError, LimitsError, OutputPathError, UsageError
-from safe_exec.files import OutputRoot, check_writable
+from safe_exec.files import OutputRoot, check_writable, one_line
 from safe_exec.kernel.installed_kernels import installed_kernels, is_installed
 from safe_exec.limits import isolation, profiles
 from safe_exec.model.limits import Isolation, LimitName, Limits, Wall
@@ -29,6 +29,7 @@ from safe_exec.notebook import notebook
 from safe_exec.notebook.inputs import CellSelection, ExitMeaning, NotebookInputs, read_stdin
 from safe_exec.notebook.kernel_choice import KernelChoice, KernelFallback, stand_in
 from safe_exec.notebook.output_form import OutputForm
+from safe_exec.notebook.text_formats import is_text_format
 from safe_exec.sandbox import keeper_process
 from safe_exec.sandbox.host.bwrap_probe import BwrapProbe
 from safe_exec.sandbox.host.capabilities import HostCapabilities, detect, probe_isolation
@@ -469,6 +470,10 @@ def check_outputs(job: Job) -> JobPaths:
     # The reproduction is left out: most runs write none.
     for path in (paths.notebook, paths.verdict) if job.writes else ():
         check_writable(path if job.tree is None else job.tree.current_path(path))
+    if job.form.in_place and is_text_format(job.path):
+        raise UsageError(
+            f"{one_line(job.path)}: a text has no place for outputs; leave out --in-place"
+        )
     if job.writes and job.form.in_place:
         check_writable(job.path.resolve())
     if not paths.cwd.is_dir():
@@ -503,7 +508,7 @@ def _choose_kernel(job: Job, header: NotebookHeader) -> KernelChoice:
     name = header.kernel_name or (DEFAULT_KERNEL if is_python else None)
     if job.kernel_fallback is KernelFallback.NEVER or (name is not None and is_installed(name)):
         return KernelChoice(name or DEFAULT_KERNEL)
-    replacement = stand_in(name or "for this notebook", language, installed_kernels())
+    replacement = stand_in(name, language, installed_kernels())
     return replacement or KernelChoice(name or DEFAULT_KERNEL)
 
 

@@ -372,6 +372,7 @@ def run_info(prepared: PreparedJob, request: TrialRequest) -> RunInfo:
         allow_errors=request.allow_errors,
         inputs=prepared.job.inputs,
         warnings=prepared.limits.resolved.warnings,
+        file_lines=prepared.notebook.file_lines,
     )
 
 

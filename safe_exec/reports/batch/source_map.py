@@ -17,7 +17,9 @@ from msgspec import Struct
 
 from safe_exec.errors import NotebookError
 from safe_exec.files import read_regular
+from safe_exec.model.verdict import Verdict
 from safe_exec.notebook.notebook import METADATA_KEY, is_banner
+from safe_exec.notebook.text_formats import is_text_format
 from safe_exec.reports.batch.text import NotebookReport
 
 MOST_BYTES = 16 << 20
@@ -52,18 +54,22 @@ def file_line(report: NotebookReport) -> int | None:
 
     ``None`` if the file has changed since the run.
     """
-    verdict = report.verdict
-    crash = verdict.crash_cell if verdict is not None else None
-    text = (
-        read_as_run(report.result.source, verdict.notebook.sha256)
-        if verdict is not None and crash is not None
-        else None
-    )
-    if (
-        crash is None
-        or text is None
-        or (cell := placed(text, {crash.index}).get(crash.index)) is None
-    ):
+    return None if report.verdict is None else crash_line(report.result.source, report.verdict)
+
+
+def crash_line(path: Path, verdict: Verdict) -> int | None:
+    """Return the line in the file of the crash line, or of the start of its cell.
+
+    ``None`` if the file has changed since the run, or if there is no crash cell.
+    """
+    crash = verdict.crash_cell
+    text = read_as_run(path, verdict.notebook.sha256) if crash is not None else None
+    if crash is None or text is None:
+        return None
+    if is_text_format(path):
+        return crash.file_line
+    cell = placed(text, {crash.index}).get(crash.index)
+    if cell is None:
         return None
     # Without a known line the first line of the cell counts.
     line = (crash.line or 1) - 1

@@ -7,6 +7,7 @@ from a notebook, a kernel or a path always passes through ``printable``.
 from __future__ import annotations
 
 import math
+import os
 import re
 import signal
 import unicodedata
@@ -346,6 +347,9 @@ def moment(verdict: Verdict) -> str:
     ):
         activity = "running when the kernel was killed"
     line = f"line {cell.line}" if cell is not None and cell.line is not None else "line not known"
+    if cell is not None and cell.file_line is not None:
+        name = one_line(os.path.basename(verdict.notebook.path))
+        line += f" ({name}:{cell.file_line})"
     return f"{line}, {activity}" if activity else line
 
 

@@ -343,7 +343,7 @@ def test_pipes_devices_and_sockets_do_not_hang() -> None:
 
 
 def test_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("safe_exec.notebook.notebook._MOST_BYTES", 2**20)
+    monkeypatch.setattr("safe_exec.notebook.notebook.MOST_BYTES", 2**20)
     Path("big.ipynb").touch()
     os.truncate("big.ipynb", 2**20 + 1)
     assert error_of("big.ipynb") == "big.ipynb: larger than 1 MiB, which is the most that is read"

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from safe_exec.model.limits import LimitName, Mechanism
 from safe_exec.model.verdict import CellRecord, CrashCell, Culprit, Status, Timeline, Verdict
+from safe_exec.notebook.text_formats import is_text_format
 from safe_exec.reports.batch import text as batch_text
 from safe_exec.reports.batch.results import BatchResult
 from safe_exec.reports.batch.source_map import Placed, placed, read_as_run
@@ -260,7 +261,9 @@ def _sources(report: NotebookReport, verdict: Verdict) -> dict[int, Placed]:
     indexes |= {verdict.crash_cell.index} if verdict.crash_cell is not None else set()
     # A notebook edited since the run would show the wrong lines.
     read = read_as_run(report.result.source, verdict.notebook.sha256) if indexes else None
-    return placed(read, indexes) if read is not None else {}
+    # A text is no JSON; its page shows the cells of the annotated notebook without lines.
+    is_json = read is not None and not is_text_format(report.result.source)
+    return placed(read, indexes) if read is not None and is_json else {}
 
 
 def _crash(crash: CrashCell, verdict: Verdict, source: Placed | None) -> dict[str, Any]:
