@@ -52,6 +52,7 @@ def run(
     on_failure: str = "keep",
     clean_metadata: bool = False,
     no_output: bool = False,
+    keep_files: Sequence[str] = (),
     bisect: str = "auto",
     bisect_budget: float | None = None,
     on_event: EventSink | None = None,
@@ -75,7 +76,8 @@ def run(
     otherwise it ends the notebook as passed. ``strict_shell`` makes a failing ``!command`` an error of
     its cell; the lines of the file ``stdin`` answer ``input()``. ``in_place`` writes the executed notebook over the notebook
     itself if it passes, and with ``on_failure="write"`` always; ``clean_metadata`` leaves times and
-    figures out of it, ``no_output`` the outputs. ``bisect`` is ``"auto"``, ``"always"`` or ``"never"``:
+    figures out of it, ``no_output`` the outputs. Files that match a pattern
+    of ``keep_files`` come back from a private copy of the folder. ``bisect`` is ``"auto"``, ``"always"`` or ``"never"``:
     whether a culprit search follows a failure; ``bisect_budget`` is its time limit in seconds
     (``None``: 60, or three times the first run). ``on_event`` is called with each event, ``on_output``
     with each text that a cell writes (index of the cell, stream, text).
@@ -113,6 +115,7 @@ def run(
             on_failure=on_failure,
             clean_metadata=clean_metadata,
             no_output=no_output,
+            keep_files=keep_files,
             bisect=bisect,
             bisect_budget=bisect_budget,
             on_event=on_event,
@@ -149,6 +152,7 @@ async def run_async(
     on_failure: str = "keep",
     clean_metadata: bool = False,
     no_output: bool = False,
+    keep_files: Sequence[str] = (),
     bisect: str = "auto",
     bisect_budget: float | None = None,
     on_event: EventSink | None = None,
@@ -190,6 +194,7 @@ async def run_async(
             clean_metadata=clean_metadata,
             no_output=no_output,
         ),
+        keep_files=tuple(keep_files),
         bisect=_bisect(bisect),
         bisect_budget=bisect_budget,
         sinks=(on_event,) if on_event is not None else (),

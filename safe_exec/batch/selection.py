@@ -18,7 +18,7 @@ from msgspec import Struct, field
 
 from safe_exec.errors import UsageError
 from safe_exec.files import one_line
-from safe_exec.limits.project_file import matches
+from safe_exec.keeper.path_patterns import matches
 from safe_exec.notebook.text_formats import is_text_format
 
 SUFFIX = ".ipynb"

@@ -27,6 +27,12 @@ OUTPUT_OPTIONS = (
         help="Write no times and figures into the notebook, for version control.",
     ),
     click.option("--no-output", is_flag=True, help="Write the notebook without outputs of cells."),
+    click.option(
+        "--keep-files",
+        multiple=True,
+        metavar="PATTERN",
+        help="Keep these files if the notebook runs in a private copy of its folder (*.png).",
+    ),
 )
 
 

@@ -27,7 +27,7 @@ ISOLATION = (
 # Options that change notebooks before they run; each is that of `safe-exec run`.
 INPUTS = (
     ("parameters", "FILE"), ("set-env", "NAME=VALUE"), ("env-file", "FILE"), ("skip-tag", "TAG"),
-    ("only-tag", "TAG"), ("sanitize-with", "FILE"),
+    ("only-tag", "TAG"), ("sanitize-with", "FILE"), ("keep-files", "PATTERN"),
 )  # fmt: skip
 
 SUFFIX = ".ipynb"
@@ -192,6 +192,7 @@ class Settings:
     inputs: Any = None
     comparison: Any = None
     form: Any = None
+    keep_files: tuple[str, ...] = ()
     follow: bool = False
     variables: dict[str, str] = field(default_factory=dict)
     cwd: Path | None = None
@@ -248,6 +249,7 @@ def _settings(config: pytest.Config) -> Settings:
         # Lenient: in a folder of notebooks, some have no cell with a given tag.
         inputs=inputs_of(input_options, lenient=True),
         comparison=comparison_of(input_options, "--safe-exec-"),
+        keep_files=tuple(config.getoption("safe_exec_keep_files")),
         follow=config.getoption("safe_exec_follow"),
         form=form_of(_output_options(config), "--safe-exec-"),
         variables=variables,
@@ -483,6 +485,7 @@ class NotebookItem(pytest.Item):
                 inputs=settings.inputs,
                 comparison=settings.comparison,
                 form=settings.form,
+                keep_files=settings.keep_files,
                 output=Path(f"{stem}.out.ipynb"),
                 verdict=Path(f"{stem}.verdict.json"),
                 repro=Path(f"{stem}.repro.ipynb"),

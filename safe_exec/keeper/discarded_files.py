@@ -127,14 +127,17 @@ class Listing:
         *,
         skip: Collection[str] = (),
         is_old: Callable[[str, os.stat_result], bool] | None = None,
+        is_kept: Callable[[int, str, int], bool] | None = None,
     ) -> None:
         """List what lies below the directory ``fd``; ``place`` is what the notebook calls it.
 
         ``skip`` are paths in it that are none of the notebook's: mount points. ``is_old`` says
-        whether a file was there before.
+        whether a file was there before; ``is_kept`` copies a file and says whether it did.
         """
         for name, status in self._files(fd, kind, frozenset(skip)):
             if is_old is not None and is_old(name, status):
+                continue
+            if is_kept is not None and is_kept(fd, name, status.st_size):
                 continue
             top, _, inner = name.partition("/")
             group = self._groups.setdefault((place, top), [0, 0, None])

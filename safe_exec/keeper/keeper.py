@@ -454,10 +454,12 @@ class Keeper:
         if self.plan is None or not self.pid or self.orphaned or self.plan.mounts:
             return
         # Seldom needed: without it the keeper starts faster.
-        from safe_exec.keeper import discarded_files
+        from safe_exec.keeper import discarded_files, kept_files
 
         mode_tells = discarded_files.umask() & discarded_files.PRIVATE != discarded_files.PRIVATE
         listing = discarded_files.Listing(mode_tells=mode_tells)
+        keeps = bool(self.plan.keep_patterns)
+        copier = kept_files.KeptFiles(self.plan.keep_patterns, self.plan.keep_folder)
         for place, fd in self.places_in_bubblewrap(self.plan):
             # Not even root may read every root directory (FUSE).
             with contextlib.suppress(OSError):
@@ -469,10 +471,21 @@ class Keeper:
                 fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
                     is_old = None if disk is None else self.concurrent_changes.is_as_copied
-                    listing.add(place.name, place.kind, fd, skip=place.skip, is_old=is_old)
+                    is_kept = copier.take if keeps and disk is not None else None
+                    listing.add(
+                        place.name,
+                        place.kind,
+                        fd,
+                        skip=place.skip,
+                        is_old=is_old,
+                        is_kept=is_kept,
+                    )
                 finally:
                     os.close(fd)
-        self.send(listing.as_message())
+        for failure in copier.failures[:MOST_NAMED]:
+            self.send(protocol.Trouble(message=f"could not be kept: {failure}"))
+        files = tuple(copier.files[: kept_files.MOST_NAMED])
+        self.send(listing.as_message()._replace(kept_files=files))
 
     def places_in_bubblewrap(self, plan: Spawn) -> Iterator[tuple[protocol.DiscardedPlace, int]]:
         """Yield the places that exist only inside bubblewrap, each with a descriptor of it."""

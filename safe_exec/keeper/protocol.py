@@ -131,6 +131,13 @@ class DiscardedGroup(NamedTuple):
     bytes: int
 
 
+class KeptFile(NamedTuple):
+    """A file that was copied out of the sandbox; its path is relative to the folder."""
+
+    path: str
+    bytes: int
+
+
 # --- to the keeper ------------------------------------------------------------------------------
 
 
@@ -148,7 +155,8 @@ class Spawn(NamedTuple):
     ``descriptor_names`` are the place holders for them in the command. ``stack_before`` are the
     reasons for which a kernel is asked for its stack before it is killed. ``owner`` gets the
     runtime directory. ``directories`` are removed with the sandbox, ``cleanup_if_runner_dies`` only
-    after the runner's death. The kernel may be traced by descendants of ``tracer``.
+    after the runner's death. Files of a private copy that match ``keep_patterns`` are copied to
+    ``keep_folder``. The kernel may be traced by descendants of ``tracer``.
     """
 
     command: KernelCommand
@@ -164,6 +172,8 @@ class Spawn(NamedTuple):
     discarded: tuple[DiscardedPlace, ...] = ()
     directories: tuple[str, ...] = ()
     cleanup_if_runner_dies: tuple[str, ...] = ()
+    keep_patterns: tuple[str, ...] = ()
+    keep_folder: str = ""
 
 
 class SendSignal(NamedTuple):
@@ -279,11 +289,12 @@ class Exited(NamedTuple):
 
 
 class Discarded(NamedTuple):
-    """The largest groups of files that disappear with the sandbox."""
+    """The largest groups of files that disappear with the sandbox, and files that were kept."""
 
     groups: tuple[DiscardedGroup, ...] = ()
     files: int = 0
     is_complete: bool = True
+    kept_files: tuple[KeptFile, ...] = ()
 
 
 class CleanupResult(NamedTuple):

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from msgspec import Struct
 
 from safe_exec.errors import LimitsError
 from safe_exec.files import one_line
+from safe_exec.keeper.path_patterns import matches
 from safe_exec.limits.repository import find_root, is_root
 from safe_exec.limits.values import Layer, nearest, parse_layer
 from safe_exec.limits.yaml_source import Value, load
@@ -87,27 +87,6 @@ def project_overrides(
     entries = [_entry(item, file, profiles, machine_memory) for item in _entries(file)]
     inside = os.path.relpath(_absolute(notebook_path), _absolute(file).parent)
     return next((limits for pattern, limits in entries if matches(pattern, inside)), None)
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Tell whether a path matches a pattern, both relative to the project file."""
-    # ``dir/`` means everything below ``dir``.
-    segments = PurePosixPath(pattern).parts + (("**",) if pattern.endswith("/") else ())
-    parts = PurePosixPath(path).parts
-    # The file covers its own directory only.
-    if ".." in parts:
-        return False
-    # The numbers of leading parts that the segments so far can match. Tracking all of them avoids
-    # the exponential time of backtracking over several ``**``.
-    reached = {0}
-    for segment in segments:
-        if not reached:
-            return False
-        if segment == "**":
-            reached = set(range(min(reached), len(parts) + 1))
-        else:
-            reached = {n + 1 for n in reached if n < len(parts) and fnmatchcase(parts[n], segment)}
-    return len(parts) in reached
 
 
 def _entries(file: Path) -> tuple[Value, ...]:

@@ -306,6 +306,18 @@ class NotebookInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     stdin: str | None = None
 
 
+class CreatedFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A file that was created or changed while the notebook ran.
+
+    ``path`` is relative to the working directory. ``from_copy``: it was copied out of a private
+    copy of the folder (``--keep-files``).
+    """
+
+    path: str
+    bytes: Count
+    from_copy: bool = False
+
+
 class Environment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The environment of the run."""
 
@@ -357,6 +369,10 @@ class Verdict(
     allow_errors: bool = False
     # Other hosts that the notebook contacted.
     remote_hosts: tuple[str, ...] = ()
+    # Files in the working directory that were created or changed; None: not listed.
+    files: tuple[CreatedFile, ...] | None = None
+    # There are more files than are listed.
+    more_files: bool = False
     timeline: Timeline
     usage: Usage
     stderr_tail: str = ""

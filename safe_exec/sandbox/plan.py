@@ -80,7 +80,8 @@ class SpawnPlan(Struct, frozen=True, kw_only=True):
     ``mounts`` are made in the kernel's own mount namespace (keeper/mounts.py), with
     ``user_namespace`` in its own user namespace too. ``enclosed`` is the path of bubblewrap if the
     kernel runs inside it, ``disk`` and ``shm`` are the sizes of its file systems. ``directories``
-    are removed with the sandbox, ``cleanup_if_runner_dies`` only if the runner has died.
+    are removed with the sandbox, ``cleanup_if_runner_dies`` only if the runner has died. Files of a
+    private copy of the folder that match ``keep_patterns`` are copied back.
     """
 
     cgroup: CgroupPlan
@@ -99,6 +100,7 @@ class SpawnPlan(Struct, frozen=True, kw_only=True):
     shm: int | None = None
     directories: tuple[str, ...] = ()
     cleanup_if_runner_dies: tuple[str, ...] = ()
+    keep_patterns: tuple[str, ...] = ()
 
     def cgroup_setup(self) -> protocol.CgroupSetup:
         """Return the keeper's part of the cgroups."""

@@ -196,6 +196,10 @@ class Sandbox:
             discarded=(*walls.discarded, *discarded),
             directories=plan.directories,
             cleanup_if_runner_dies=plan.cleanup_if_runner_dies,
+            keep_patterns=plan.keep_patterns,
+            keep_folder=""
+            if walls.bwrap is None or walls.bwrap.disk is None
+            else walls.bwrap.disk.folder,
         )
         self._send(request, descriptors=tuple(pass_fds.values()))
 

@@ -29,7 +29,7 @@ def discarded_warning(
     more = f" and {others} more" if others > 0 else "" if discarded.is_complete else " and more"
     return (
         f"{NOT_KEPT}: {listing}{more}. "
-        f"{_why(discarded)}{_advice(facts, writable_helps=writable_helps)}"
+        f"{_why(discarded)}{_advice(discarded, facts, writable_helps=writable_helps)}"
     )
 
 
@@ -63,9 +63,11 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
 
 
-def _advice(facts: IsolationFacts | None, *, writable_helps: bool) -> str:
+def _advice(discarded: Discarded, facts: IsolationFacts | None, *, writable_helps: bool) -> str:
     """Return how to keep such files under this run's isolation."""
     ways: list[str] = []
+    if any(group.place == "." for group in discarded.groups):
+        ways.append("name them with --keep-files PATTERN")
     if facts is None or facts.folder in facts.writable:
         repository = (
             " or repository" if facts is not None and facts.repository in facts.writable else ""

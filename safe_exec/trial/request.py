@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct, field
 
+from safe_exec.keeper.protocol import KeptFile
 from safe_exec.model import events
 from safe_exec.model.ending import Ending
 from safe_exec.model.evidence import CellLocation, Evidence
@@ -110,3 +111,5 @@ class TrialResult(Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...]
     # Whether the agent ran inside the kernel.
     instrumented: bool = True
+    # Files that were copied out of a private copy of the folder.
+    kept_files: tuple[KeptFile, ...] = ()

@@ -168,6 +168,9 @@ class Trial:
             hello=self.session.agent_facts.hello,
             warnings=tuple(self.state.warnings),
             instrumented=self.session.instrumented,
+            kept_files=()
+            if self.session.sandbox is None
+            else self.session.sandbox.discarded.kept_files,
         )
 
     def _warn_of_sandbox(self) -> None:

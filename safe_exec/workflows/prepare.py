@@ -78,6 +78,8 @@ class Job(Struct, frozen=True, kw_only=True):
     inputs: NotebookInputs = field(default_factory=NotebookInputs)
     comparison: ComparisonRules | None = None
     form: OutputForm = field(default_factory=OutputForm)
+    # Patterns of files that come back from a private copy of the folder.
+    keep_files: tuple[str, ...] = ()
     output: Path | None = None
     verdict: Path | None = None
     repro: Path | None = None
@@ -124,6 +126,7 @@ class JobLimits(Struct, frozen=True, kw_only=True):
     resolved: profiles.Resolved
     machine: HostCapabilities
     required: tuple[LimitName | Wall, ...] = ()
+    keep_files: tuple[str, ...] = ()
 
     @property
     def values(self) -> Limits:
@@ -142,7 +145,8 @@ class JobLimits(Struct, frozen=True, kw_only=True):
 
     def plan(self, run_id: str) -> SpawnPlan:
         """The mechanism for each limit and wall of a run."""
-        return build_plan(self.values, self.machine, run_id, self.isolation)
+        plan = build_plan(self.values, self.machine, run_id, self.isolation)
+        return replace(plan, keep_patterns=self.keep_files)
 
 
 class JobPaths(Struct, frozen=True, kw_only=True):
@@ -334,6 +338,7 @@ def resolve_limits(
         resolved=replace(resolved, warnings=(*resolved.warnings, *warnings), isolation=requested),
         machine=machine,
         required=required.names,
+        keep_files=job.keep_files,
     )
 
 

@@ -37,6 +37,7 @@ from safe_exec.workflows.prepare import Bisect, PreparedJob, largest_output
 
 if TYPE_CHECKING:
     from safe_exec.diagnosis.verdict import RunInfo
+    from safe_exec.keeper.protocol import KeptFile
     from safe_exec.trial.request import Cancellation, TrialRequest, TrialResult
     from safe_exec.workflows.bisect import FolderSnapshot
 
@@ -103,7 +104,9 @@ async def run_job(
         finally:
             reserved.release()
         first = _compared(prepared, first)
-        verdict = _verdict_of(prepared, first, documents.mask)
+        verdict = _with_files(
+            _verdict_of(prepared, first, documents.mask), prepared, first.result.kept_files
+        )
         # The first verdict is on disk before the search starts, which may run long and may be
         # killed.
         write_partial = partial(write, prepared, node=first.result.node, documents=documents)
@@ -374,6 +377,19 @@ def run_info(prepared: PreparedJob, request: TrialRequest) -> RunInfo:
         warnings=prepared.limits.resolved.warnings,
         file_lines=prepared.notebook.file_lines,
     )
+
+
+def _with_files(
+    verdict: Verdict, prepared: PreparedJob, kept_files: tuple[KeptFile, ...]
+) -> Verdict:
+    """Add the files that the run created or changed in its working directory."""
+    from safe_exec.workflows.created_files import created_files
+
+    own_paths = {*map(Path.absolute, (*prepared.paths.documents, *prepared.job.own_paths))}
+    listing = created_files(
+        prepared.paths.cwd, prepared.started_at.timestamp(), own_paths, kept_files
+    )
+    return replace(verdict, files=listing.files, more_files=not listing.is_complete)
 
 
 async def _search(

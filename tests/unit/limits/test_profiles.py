@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from safe_exec.errors import LimitsError
+from safe_exec.keeper.path_patterns import matches
 from safe_exec.limits import values
 from safe_exec.limits.profiles import (
     LIMIT_NAMES,
@@ -34,7 +35,7 @@ from safe_exec.limits.profiles import (
     shipped_profiles,
     tighten,
 )
-from safe_exec.limits.project_file import ProjectLimits, matches
+from safe_exec.limits.project_file import ProjectLimits
 from safe_exec.limits.spec import METAVARS, OPTIONS, ROWS, Kind
 from safe_exec.model.limits import (
     FolderUse,

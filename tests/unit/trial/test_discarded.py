@@ -339,7 +339,7 @@ def test_advice_is_true_under_the_runs_isolation() -> None:
     )
     other_user = said(group(".", "x"), facts=copied, writable_helps=False)
     assert other_user.endswith(
-        "copy of its folder, of which nothing comes back. Under this isolation no file is kept"
+        "copy of its folder, of which nothing comes back. To keep files, name them with --keep-files PATTERN"
     )
 
 
