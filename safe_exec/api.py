@@ -16,8 +16,9 @@ from safe_exec.model.verdict import Verdict
 from safe_exec.notebook import kernel_choice, output_form
 from safe_exec.notebook.inputs import CellSelection, NotebookInputs, exit_meaning, read_stdin
 from safe_exec.notebook.output_form import OutputForm
-from safe_exec.workflows.prepare import Bisect, Job, prepare
-from safe_exec.workflows.run import OutputListener, run_job
+from safe_exec.workflows.prepare import Bisect, Job
+from safe_exec.workflows.retry import retry_policy, run_with_retries
+from safe_exec.workflows.run import OutputListener
 
 if TYPE_CHECKING:
     from safe_exec.notebook.comparison import ComparisonRules
@@ -53,6 +54,8 @@ def run(
     clean_metadata: bool = False,
     no_output: bool = False,
     keep_files: Sequence[str] = (),
+    retries: int | None = None,
+    retry_on: str | None = None,
     bisect: str = "auto",
     bisect_budget: float | None = None,
     on_event: EventSink | None = None,
@@ -77,7 +80,9 @@ def run(
     its cell; the lines of the file ``stdin`` answer ``input()``. ``in_place`` writes the executed notebook over the notebook
     itself if it passes, and with ``on_failure="write"`` always; ``clean_metadata`` leaves times and
     figures out of it, ``no_output`` the outputs. Files that match a pattern
-    of ``keep_files`` come back from a private copy of the folder. ``bisect`` is ``"auto"``, ``"always"`` or ``"never"``:
+    of ``keep_files`` come back from a private copy of the folder. A notebook that fails runs
+    again up to ``retries`` times if that may help, or if its error matches the regular expression
+    ``retry_on`` (then twice by default). ``bisect`` is ``"auto"``, ``"always"`` or ``"never"``:
     whether a culprit search follows a failure; ``bisect_budget`` is its time limit in seconds
     (``None``: 60, or three times the first run). ``on_event`` is called with each event, ``on_output``
     with each text that a cell writes (index of the cell, stream, text).
@@ -116,6 +121,8 @@ def run(
             clean_metadata=clean_metadata,
             no_output=no_output,
             keep_files=keep_files,
+            retries=retries,
+            retry_on=retry_on,
             bisect=bisect,
             bisect_budget=bisect_budget,
             on_event=on_event,
@@ -153,6 +160,8 @@ async def run_async(
     clean_metadata: bool = False,
     no_output: bool = False,
     keep_files: Sequence[str] = (),
+    retries: int | None = None,
+    retry_on: str | None = None,
     bisect: str = "auto",
     bisect_budget: float | None = None,
     on_event: EventSink | None = None,
@@ -199,7 +208,8 @@ async def run_async(
         bisect_budget=bisect_budget,
         sinks=(on_event,) if on_event is not None else (),
     )
-    return await run_job(prepare(job), on_output=on_output)
+    policy = retry_policy(retries, retry_on, "retry_on")
+    return await run_with_retries(job, policy, on_output=on_output)
 
 
 def _refuse_a_running_loop() -> None:

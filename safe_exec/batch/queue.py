@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from msgspec import Struct
+from msgspec import Struct, field
 from msgspec.structs import replace
 
 from safe_exec.batch.admission import Capacity
@@ -28,6 +28,7 @@ from safe_exec.model.events import EventSink
 from safe_exec.reports.batch.results import NOT_RUN, UNCHANGED, NotebookResult
 from safe_exec.reports.follow import OutputFollower
 from safe_exec.workflows.prepare import Job, PreparedJob, prepare
+from safe_exec.workflows.retry import RetryPolicy
 
 QueuedT = TypeVar("QueuedT")
 
@@ -73,7 +74,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     capacity: Capacity
     template: Job
     command: tuple[str, ...]
-    retries: int = 0
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
     fail_fast: bool = False
     resume: bool = False
     only_changed: bool = False
@@ -93,7 +94,7 @@ class NotebookQueue(Generic[QueuedT]):
         self.context = BatchContext(
             out=tree,
             jobs=plan.capacity.jobs,
-            retries=plan.retries,
+            retry=plan.retry,
             journal=journal,
             history=self.history,
             kernels=Kernels(),

@@ -13,6 +13,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from msgspec import Struct
@@ -22,7 +23,6 @@ from safe_exec.batch.fingerprint import Kernels, inputs_of, key_of_pass, key_of_
 from safe_exec.batch.history import History, RunHistory
 from safe_exec.batch.journal import Journal, JournalRecord
 from safe_exec.batch.outcome import REFUSED_CODE
-from safe_exec.batch.retry import is_transient
 from safe_exec.batch.selection import SelectedNotebook
 from safe_exec.errors import SafeExecError, UsageError
 from safe_exec.files import OutputDirectory, OutputRoot, one_line
@@ -35,6 +35,7 @@ from safe_exec.reports.follow import OutputFollower
 from safe_exec.reports.text.common import headline
 from safe_exec.trial.request import Cancellation
 from safe_exec.workflows.prepare import Job, PreparedJob, prepare, start_clock
+from safe_exec.workflows.retry import RetryPolicy, after_attempt, is_last_attempt
 from safe_exec.workflows.run import run_job
 
 log = logging.getLogger("safe_exec")
@@ -112,7 +113,7 @@ class BatchContext(Struct, frozen=True, kw_only=True):
 
     out: OutputRoot
     jobs: int
-    retries: int
+    retry: RetryPolicy
     journal: Journal
     history: History
     kernels: Kernels
@@ -165,13 +166,14 @@ def record_without_verdict(
 
 
 def _run(task: NotebookTask, context: BatchContext, gate: StartGate) -> JournalRecord | None:
+    job = task.job
     for attempt in itertools.count(1):
         # A retry must not find the documents of the attempt before.
         _remove_documents(task.job)
-        is_retried = is_transient if attempt <= context.retries else _never
+        is_last = partial(is_last_attempt, context.retry, attempt)
         # The kernel starts while the notebook is read and while it waits for its turn.
         with PrestartedKernel() as kernel:
-            prepared = prepare(task.job, kernel)
+            prepared = prepare(job, kernel)
             key, inputs = key_of_run(prepared), inputs_of(prepared)
             if not gate.wait():
                 return None
@@ -182,13 +184,14 @@ def _run(task: NotebookTask, context: BatchContext, gate: StartGate) -> JournalR
                 run_attempt(
                     prepared,
                     context.sink(task.notebook.path, attempt),
-                    context.follower(task.notebook.path),
                     context.broadcast,
-                    is_retried,
+                    is_last,
+                    context.follower(task.notebook.path),
                 )
             )
-        if context.broadcast.signals or not is_retried(verdict):
+        if context.broadcast.signals or is_last(verdict):
             break
+        job = after_attempt(job, verdict)
     record = record_of(task, verdict, attempt, key, context.out.path)
     # A cancelled notebook is not recorded, so --resume runs it again.
     if verdict.status is not Status.CANCELLED:
@@ -219,16 +222,12 @@ def _remember(
     context.history.put(task.notebook.source, RunHistory(seconds=record.seconds, passed=passed))
 
 
-def _never(_verdict: Verdict) -> bool:
-    return False
-
-
 async def run_attempt(
     prepared: PreparedJob,
     sink: EventSink,
-    follower: OutputFollower | None,
     broadcast: SignalBroadcast,
-    is_retried: Callable[[Verdict], bool],
+    is_last: Callable[[Verdict], bool],
+    follower: OutputFollower | None = None,
 ) -> Verdict:
     """Run once; skip the search for culprits if the failure will be retried."""
     cancellation = Cancellation()
@@ -238,7 +237,7 @@ async def run_attempt(
             (sink,) if follower is None else (follower, sink),
             on_output=None if follower is None else follower.take,
             cancellation=cancellation,
-            worth_a_search=lambda verdict: not is_retried(verdict),
+            worth_a_search=is_last,
         )
 
 

@@ -19,6 +19,7 @@ from safe_exec.batch.ordering import cut, parse_shard, read_timings
 from safe_exec.batch.selection import SelectedNotebook, select
 from safe_exec.cli.inputs import input_options
 from safe_exec.cli.outputs import follow_option, output_options
+from safe_exec.cli.retries import retry_of, retry_options
 from safe_exec.cli.run import job_of, limit_options, wall_options
 from safe_exec.errors import OutputPathError
 from safe_exec.files import one_line
@@ -75,13 +76,7 @@ STDIN = "-"
     "--only-changed", is_flag=True, help="Skip notebooks that passed before and have not changed."
 )
 @click.option("--fail-fast", is_flag=True, help="Start no more notebooks after a failure.")
-@click.option(
-    "--retries",
-    type=click.IntRange(0, 10),
-    default=0,
-    metavar="N",
-    help="Retries of failures that may not happen again, such as a busy machine [0].",
-)
+@retry_options
 @click.option("--shard", metavar="K/N", help="Run part K of N.")
 @click.option(
     "--timings",
@@ -192,11 +187,9 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, follow: bool, **opti
         capacity=capacity_for(most, memory_available()),
         template=_template(options, local_jobs),
         command=command_line(),
-        **{
-            key: options[key]
-            for key in ("retries", "fail_fast", "resume", "only_changed", "limits")
-        },
+        **{key: options[key] for key in ("fail_fast", "resume", "only_changed", "limits")},
         shard=shard,
+        retry=retry_of(options),
     )
     notes = [
         *selection.notes,

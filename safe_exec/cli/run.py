@@ -21,6 +21,7 @@ from safe_exec.cli.inputs import (
     walls_with,
 )
 from safe_exec.cli.outputs import follow_option, form_of, output_options
+from safe_exec.cli.retries import retry_of, retry_options
 from safe_exec.errors import UsageError
 from safe_exec.kernel.prestart import PrestartedKernel
 from safe_exec.limits import spec
@@ -33,6 +34,7 @@ from safe_exec.workflows.prepare import Bisect, Job, PreparedJob, command_line, 
 
 if TYPE_CHECKING:
     from safe_exec.model.events import EventSink
+    from safe_exec.workflows.retry import RetryPolicy
 
 
 def limit_options(function: Any) -> Any:
@@ -121,6 +123,7 @@ WALL_OPTIONS = (
 @wall_options
 @input_options
 @output_options
+@retry_options
 @click.option("--kernel", metavar="NAME", help="Kernel to use instead of the notebook's own.")
 @click.option(
     "--kernel-fallback",
@@ -192,21 +195,24 @@ def command(
     unless the notebook contacted other hosts, because a search runs cells again. Ctrl-C during the
     search keeps the best result so far.
     """
-    # Ends a kernel that was started early if the input turns out to be invalid.
-    with PrestartedKernel() as kernel:
-        # All input is checked here. From the next line on every outcome is a verdict.
-        prepared = prepare(replace(job_of(notebook, options), output=out), kernel)
-        if events is not None:
-            refuse_same(
-                {
-                    "the notebook": notebook,
-                    "-o": prepared.paths.notebook,
-                    "--verdict": prepared.paths.verdict,
-                    "--events": events,
-                }
-            )
-        quiet_progress = quiet or (as_json and not sys.stderr.isatty())
-        verdict = _run(prepared, events, quiet=quiet_progress, follow=follow)
+    job = replace(job_of(notebook, options), output=out)
+    quiet_progress = quiet or (as_json and not sys.stderr.isatty())
+    while True:
+        # Ends a kernel that was started early if the input turns out to be invalid.
+        with PrestartedKernel() as kernel:
+            # All input is checked here. From the next line on every outcome is a verdict.
+            prepared = prepare(job, kernel)
+            _refuse_same_events(prepared, events)
+            # The kernel starts already: this imports what the run needs.
+            policy = retry_of(options)
+            verdict = _run(prepared, policy, events, quiet=quiet_progress, follow=follow)
+        if not policy.allows(verdict, len(job.earlier_attempts) + 1):
+            break
+        from safe_exec.workflows.retry import after_attempt
+
+        job = after_attempt(job, verdict)
+        if not quiet_progress:
+            click.echo(f"trying again: {job.earlier_attempts[-1]}", err=True)
     _show(verdict, as_json=as_json, quiet=quiet)
     return verdict.exit_code
 
@@ -313,7 +319,26 @@ def parse_budget(text: str | None, option: str = "--bisect-budget") -> float | N
     return seconds
 
 
-def _run(prepared: PreparedJob, events: Path | None, *, quiet: bool, follow: bool) -> Verdict:
+def _refuse_same_events(prepared: PreparedJob, events: Path | None) -> None:
+    if events is not None:
+        refuse_same(
+            {
+                "the notebook": prepared.job.path,
+                "-o": prepared.paths.notebook,
+                "--verdict": prepared.paths.verdict,
+                "--events": events,
+            }
+        )
+
+
+def _run(
+    prepared: PreparedJob,
+    policy: RetryPolicy,
+    events: Path | None,
+    *,
+    quiet: bool,
+    follow: bool,
+) -> Verdict:
     # Imported here, while the kernel starts.
     import asyncio
 
@@ -336,7 +361,15 @@ def _run(prepared: PreparedJob, events: Path | None, *, quiet: bool, follow: boo
             sinks.append(follower)
         sinks.append(display)
         on_output = None if follower is None else follower.take
-        return asyncio.run(run_job(prepared, tuple(sinks), on_output=on_output))
+        attempt = len(prepared.job.earlier_attempts) + 1
+        return asyncio.run(
+            run_job(
+                prepared,
+                tuple(sinks),
+                on_output=on_output,
+                worth_a_search=lambda verdict: not policy.allows(verdict, attempt),
+            )
+        )
 
 
 def _show(verdict: Verdict, *, as_json: bool, quiet: bool) -> None:

@@ -114,6 +114,7 @@ class RunInfo(Struct, frozen=True, kw_only=True):
     inputs: NotebookInputs
     warnings: tuple[str, ...]
     file_lines: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    earlier_attempts: tuple[str, ...] = ()
 
 
 def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict:
@@ -170,7 +171,9 @@ def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict
         ),
         environment=_environment(result, plan),
         stderr_tail=evidence.stderr_tail[-STDERR_TAIL:],
+        attempts=len(run.earlier_attempts) + 1,
         warnings=(
+            *_attempt_warnings(run, STATUS_OF[type(result.ending)]),
             *run.warnings,
             *result.warnings,
             *unexplained(context, cause),
@@ -179,6 +182,15 @@ def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict
         ),
         allow_errors=run.allow_errors,
         remote_hosts=evidence.remote_hosts,
+    )
+
+
+def _attempt_warnings(run: RunInfo, status: Status) -> tuple[str, ...]:
+    """Return a line for each earlier attempt; a pass after a failure is flaky."""
+    flaky = "flaky: " if status is Status.PASSED else ""
+    return tuple(
+        f"{flaky}attempt {number} failed: {failure}"
+        for number, failure in enumerate(run.earlier_attempts, 1)
     )
 
 

@@ -123,6 +123,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             f"--safe-exec-{name}", action="store_true", help=f"As `safe-exec run --{name}`."
         )
     group.addoption(
+        "--safe-exec-retries", type=int, metavar="N", help="As `safe-exec run --retries`."
+    )
+    group.addoption("--safe-exec-retry-on", metavar="REGEX", help="As `safe-exec run --retry-on`.")
+    group.addoption(
         "--safe-exec-follow",
         action="store_true",
         help="Print the output of cells while they run; pytest shows it with -s, or if they fail.",
@@ -192,6 +196,7 @@ class Settings:
     inputs: Any = None
     comparison: Any = None
     form: Any = None
+    retry: Any = None
     keep_files: tuple[str, ...] = ()
     follow: bool = False
     variables: dict[str, str] = field(default_factory=dict)
@@ -230,6 +235,7 @@ def _settings(config: pytest.Config) -> Settings:
     refuse_elsewhere()
     from safe_exec.cli.inputs import comparison_of, inputs_of, variables_of, walls_with
     from safe_exec.cli.outputs import form_of
+    from safe_exec.cli.retries import retry_of
     from safe_exec.cli.run import parse_budget, walls_of
 
     values = {row.name: config.getoption(f"safe_exec_limit_{row.name}") for row in OPTIONS}
@@ -249,6 +255,10 @@ def _settings(config: pytest.Config) -> Settings:
         # Lenient: in a folder of notebooks, some have no cell with a given tag.
         inputs=inputs_of(input_options, lenient=True),
         comparison=comparison_of(input_options, "--safe-exec-"),
+        retry=retry_of(
+            {name: config.getoption(f"safe_exec_{name}") for name in ("retries", "retry_on")},
+            "--safe-exec-",
+        ),
         keep_files=tuple(config.getoption("safe_exec_keep_files")),
         follow=config.getoption("safe_exec_follow"),
         form=form_of(_output_options(config), "--safe-exec-"),
@@ -466,8 +476,8 @@ class NotebookItem(pytest.Item):
 
         from safe_exec.notebook.kernel_choice import KernelFallback
         from safe_exec.reports.follow import OutputFollower
-        from safe_exec.workflows.prepare import Bisect, Job, prepare
-        from safe_exec.workflows.run import run_job
+        from safe_exec.workflows.prepare import Bisect, Job
+        from safe_exec.workflows.retry import run_with_retries
 
         settings, stem = self._settings, self._stem()
         # Documents keep the notebook's relative path, so equal names do not collide.
@@ -500,7 +510,8 @@ class NotebookItem(pytest.Item):
             follower = OutputFollower(_print_line) if settings.follow else None
             sinks = () if follower is None else (follower,)
             on_output = None if follower is None else follower.take
-            return asyncio.run(run_job(prepare(job), sinks, on_output=on_output))
+            running = run_with_retries(job, settings.retry, sinks, on_output=on_output)
+            return asyncio.run(running)
 
     def _environment(self) -> dict[str, str]:
         ours = {name: value for name, value in os.environ.items() if name != UNDER_TEST}

@@ -365,6 +365,8 @@ class Verdict(
     enforcement: Mapping[LimitName, Enforcement]
     # The requested isolation; its enforcement is in `environment`.
     isolation: Isolation = field(default_factory=Isolation)
+    # The attempts with retries, this one included; a pass after the first one is flaky.
+    attempts: Annotated[int, Meta(ge=1)] = 1
     # Whether the run continues after a cell that raises.
     allow_errors: bool = False
     # Other hosts that the notebook contacted.

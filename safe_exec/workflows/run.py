@@ -376,6 +376,7 @@ def run_info(prepared: PreparedJob, request: TrialRequest) -> RunInfo:
         inputs=prepared.job.inputs,
         warnings=prepared.limits.resolved.warnings,
         file_lines=prepared.notebook.file_lines,
+        earlier_attempts=prepared.job.earlier_attempts,
     )
 
 

@@ -32,7 +32,6 @@ from safe_exec.batch.cluster.messages import (
     RefusedNotebook,
     Reply,
 )
-from safe_exec.batch.retry import is_transient
 from safe_exec.batch.selection import SelectedNotebook
 from safe_exec.batch.worker import (
     NotebookTask,
@@ -47,6 +46,7 @@ from safe_exec.model import events
 from safe_exec.model.verdict import Verdict
 from safe_exec.sandbox.host.capabilities import HostCapabilities, detect, probe_isolation
 from safe_exec.workflows.prepare import Job, prepare
+from safe_exec.workflows.retry import is_transient
 
 log = logging.getLogger("safe_exec")
 
@@ -170,9 +170,12 @@ class Execution(Struct, frozen=True):
         assert job.resolved is not None
         return reserve_for_others(job, job.resolved.limits, self.grant.neighbours)
 
+    def _is_last(self, verdict: Verdict) -> bool:
+        """Tell whether no other attempt follows this one."""
+        return self.request.last_attempt or not is_transient(verdict)
+
     def _run(self, job: Job, workspace: files.Workspace) -> FinishedNotebook:
         request = self.request
-        is_retried = _never if request.last_attempt else is_transient
         with PrestartedKernel() as kernel:
             prepared = prepare(job, kernel)
             losses = tuple(
@@ -181,7 +184,7 @@ class Execution(Struct, frozen=True):
             )
             prepared = replace(prepared, limits=prepared.limits.with_warnings(losses))
             sender = EventSender(self.connection)
-            verdict = asyncio.run(run_attempt(prepared, sender, self.broadcast, is_retried))
+            verdict = asyncio.run(run_attempt(prepared, sender, self.broadcast, self._is_last))
         task = NotebookTask(
             notebook=SelectedNotebook(
                 source=job.path, path=request.path, documents=request.documents
@@ -199,10 +202,6 @@ class Execution(Struct, frozen=True):
             },
             transient=is_transient(verdict),
         )
-
-
-def _never(_verdict: Verdict) -> bool:
-    return False
 
 
 class EventSender:

@@ -393,7 +393,7 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
             source=waiting.source,
             key=waiting.key,
             attempt=waiting.attempt,
-            last_attempt=waiting.attempt > self.plan.retries,
+            last_attempt=waiting.attempt > self.plan.retry.retries,
         )
 
     async def _fly(self, flight: Flight) -> None:
@@ -427,7 +427,7 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
     async def _settle(self, flight: Flight, reply: Reply) -> None:
         waiting = replace(flight.waiting, losses=tuple(flight.losses))
         if isinstance(reply, FinishedNotebook):
-            retried = reply.transient and waiting.attempt <= self.plan.retries
+            retried = reply.transient and waiting.attempt <= self.plan.retry.retries
             if retried and not self.broadcast.signals:
                 self.waiting.insert(0, replace(waiting, attempt=waiting.attempt + 1))
                 return

@@ -10,10 +10,10 @@ import pytest
 from safe_exec.batch.admission import RESERVE_BYTES
 from safe_exec.batch.outcome import SEVERITY, STATUSES
 from safe_exec.batch.report_registry import BATCH_REPORTS
-from safe_exec.batch.retry import ALWAYS, TIMES, WAITING
 from safe_exec.cli.batch import DEFAULT_OUT, command
 from safe_exec.cli.run import command as run
 from safe_exec.model.verdict import CauseKind
+from safe_exec.workflows.retry import ALWAYS, TIMES, WAITING
 from tests.unit.test_docs import CODE, OPTION, page, rows, section
 
 TEXT = page("docs/batch.md")

@@ -25,7 +25,6 @@ from safe_exec.batch.admission import (
 )
 from safe_exec.batch.ordering import cut, longest_first, parse_shard, read_timings
 from safe_exec.batch.outcome import SEVERITY, STATUSES, exit_code, summary_line, worst
-from safe_exec.batch.retry import is_transient
 from safe_exec.errors import UsageError
 from safe_exec.model.limits import Limits
 from safe_exec.model.verdict import (
@@ -39,6 +38,7 @@ from safe_exec.model.verdict import (
     Verdict,
 )
 from safe_exec.reports.batch.results import NOT_RUN, REFUSED, UNCHANGED, BatchResult, NotebookResult
+from safe_exec.workflows.retry import is_transient
 from tests.unit.builders import make_verdict
 
 # --- admission --------------------------------------------------------------------------------------------------
