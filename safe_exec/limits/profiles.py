@@ -90,6 +90,8 @@ class Resolved(Struct, frozen=True, kw_only=True):
     # Cells may loosen their own limits, except those in ``fixed``, which options have set.
     loosenable: bool
     fixed: frozenset[str]
+    # Up to this, in seconds, notebook and cells may set a cell timeout under every profile.
+    longest_cell_timeout: float | None = None
     isolation: Isolation = field(default_factory=Isolation)
 
 
@@ -214,10 +216,14 @@ def resolve(
         stack.lay(document.layer)
     # A file based on ``default`` is somebody's decision, which a notebook must not undo.
     only_default = f"profile {top.name} does not let a notebook loosen limits"
-    stack.lay(
-        _notebook_layer(metadata or {}, notebook, machine_memory),
-        refuse="" if _is_default(top) else only_default,
-    )
+    notebook_layer = _notebook_layer(metadata or {}, notebook, machine_memory)
+    longest = project.longest_cell_timeout if project is not None else None
+    timeout = notebook_layer.values.get("cell_timeout")
+    if _is_within(timeout, longest):
+        # The project allows this one value under every profile.
+        sources = {"cell_timeout": notebook_layer.sources["cell_timeout"]}
+        stack.lay(Layer(values={"cell_timeout": timeout}, sources=sources))
+    stack.lay(notebook_layer, refuse="" if _is_default(top) else only_default)
     # The command line has the last word.
     option_values = parse_overrides(options or {}, error_prefix="--", machine_memory=machine_memory)
     stack.lay(
@@ -233,6 +239,7 @@ def resolve(
         sources=stack.sources,
         loosenable=_is_default(top),
         fixed=frozenset(option_values),
+        longest_cell_timeout=longest,
         isolation=_walls([*base, *own], metadata or {}, notebook, walls or {}),
     )
 
@@ -281,7 +288,7 @@ def cell_limits(
     """Return the limits of one cell, with a warning for each ignored value. Raises LimitsError.
 
     A cell may tighten :data:`CELL_LIMITS`. It may loosen them under the profile ``default`` only,
-    and never override an option. ``error_prefix`` names notebook and cell.
+    its timeout also as far as ``safe-exec.yaml`` allows, and never override an option. ``error_prefix`` names notebook and cell.
     """
     cell_settings = _own_limits(cell_metadata, error_prefix)
     # Nearly every cell has none.
@@ -302,7 +309,11 @@ def cell_limits(
     free = {
         name: value
         for name, value in own.items()
-        if resolved.loosenable and name not in resolved.fixed
+        if name not in resolved.fixed
+        and (
+            resolved.loosenable
+            or (name == "cell_timeout" and _is_within(value, resolved.longest_cell_timeout))
+        )
     }
     tightened = {name: value for name, value in own.items() if name not in free}
     reason = f"profile {resolved.profile} or an option allows no more"
@@ -313,6 +324,11 @@ def cell_limits(
         error_prefix=error_prefix,
         reason=reason,
     )
+
+
+def _is_within(seconds: Figure, longest: float | None) -> bool:
+    """Tell whether a notebook's own cell timeout is one that its project allows."""
+    return seconds is not None and longest is not None and seconds <= longest
 
 
 class _Stack:

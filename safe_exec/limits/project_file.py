@@ -6,6 +6,8 @@ The file::
       - path: "docs/slow/*.ipynb"  # relative to this file; * and ? stay within a directory
         profile: ci                # optional: a profile that ships with safe-exec
         memory: 4G                 # any limit
+        longest_cell_timeout: 30m  # optional: the notebook and its cells may set cell_timeout up to
+                                   # this under every profile
 """
 
 from __future__ import annotations
@@ -27,11 +29,15 @@ PROJECT_FILE = "safe-exec.yaml"
 
 
 class ProjectLimits(Struct, frozen=True, kw_only=True):
-    """The entry of a project file for one notebook: a shipped profile or none, and limits."""
+    """The entry of a project file for one notebook: a shipped profile or none, and limits.
+
+    Up to ``longest_cell_timeout``, in seconds, the notebook may set its cell timeouts itself.
+    """
 
     file: Path
     profile: str | None
     layer: Layer
+    longest_cell_timeout: float | None = None
 
 
 def find_project_file(notebook_path: Path | str) -> Path | None:
@@ -106,8 +112,23 @@ def _entry(
     keys = dict(item.mapping("limits"))
     pattern = _pattern(keys.pop("path", None), item)
     profile = _profile(keys.pop("profile", None), profiles)
+    longest = _longest_cell_timeout(keys.pop("longest_cell_timeout", None))
     layer = parse_layer(keys, machine_memory=machine_memory)
-    return pattern, ProjectLimits(file=file, profile=profile, layer=layer)
+    return pattern, ProjectLimits(
+        file=file, profile=profile, layer=layer, longest_cell_timeout=longest
+    )
+
+
+def _longest_cell_timeout(value: Value | None) -> float | None:
+    if value is None:
+        return None
+    # It is written like the limit that it bounds.
+    seconds = parse_layer({"cell_timeout": value}, machine_memory=None).values["cell_timeout"]
+    if seconds is None:
+        raise LimitsError(
+            f"{value.location}: longest_cell_timeout: expected a time such as 30m, found none"
+        )
+    return float(seconds)
 
 
 def _pattern(value: Value | None, item: Value) -> str:

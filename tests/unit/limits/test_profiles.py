@@ -717,3 +717,20 @@ def test_errors_of_the_project_file(text: str, expected: str) -> None:
     with pytest.raises(LimitsError) as caught:
         project_overrides(Path(write(PROJECT_FILE, text)), "a.ipynb", machine_memory=None)
     assert str(caught.value).startswith(PROJECT_FILE + expected)
+
+
+def test_a_notebooks_own_timeout_is_free_up_to_the_projects_bound(tmp_path: Path) -> None:
+    def resolved(seconds: int | str) -> tuple[float | None, bool]:
+        project = ProjectLimits(
+            file=tmp_path, profile=None, layer=values.Layer(), longest_cell_timeout=7200.0
+        )
+        metadata = {"safe_exec": {"limits": {"cell_timeout": seconds}}}
+        result = resolve(
+            chosen="untrusted", project=project, metadata=metadata, machine_memory=None
+        )
+        return result.limits.cell_timeout, bool(result.warnings)
+
+    assert resolved(7200) == (7200, False)
+    allowed = load_profile("untrusted", machine_memory=None).limits.cell_timeout
+    assert resolved(7201) == (allowed, True)
+    assert resolved("none") == (allowed, True)
