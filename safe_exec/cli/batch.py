@@ -17,6 +17,7 @@ from safe_exec.batch.admission import AUTO, capacity_for, parse_jobs
 from safe_exec.batch.cluster.connection import LOCAL, ClusterAddress, demand_dask, parse_cluster
 from safe_exec.batch.ordering import cut, parse_shard, read_timings
 from safe_exec.batch.selection import SelectedNotebook, select
+from safe_exec.cli.grouped_help import GroupedCommand
 from safe_exec.cli.inputs import input_options
 from safe_exec.cli.outputs import follow_option, output_options
 from safe_exec.cli.retries import retry_of, retry_options
@@ -41,7 +42,9 @@ DEFAULT_OUT = Path("safe-exec-out")
 STDIN = "-"
 
 
-@click.command("batch", short_help="Run many notebooks, and report on all of them.")
+@click.command(
+    "batch", cls=GroupedCommand, short_help="Run many notebooks, and report on all of them."
+)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option(
     "--out",
@@ -54,7 +57,7 @@ STDIN = "-"
     "--jobs",
     default=AUTO,
     metavar="N",
-    help="Notebooks at a time, if their memory limits fit [auto: processors].",
+    help="Notebooks at a time, if their memory fits [processors].",
 )
 @click.option(
     "--cluster",
@@ -65,12 +68,12 @@ STDIN = "-"
     "--exclude",
     multiple=True,
     metavar="PATTERN",
-    help="Skip these notebooks (slow-*.ipynb, drafts/, docs/**/old.ipynb).",
+    help="Skip these notebooks (slow-*.ipynb, drafts/).",
 )
 @click.option(
     "--resume",
     is_flag=True,
-    help="Continue the interrupted batch in --out; finished notebooks do not run again.",
+    help="Continue the interrupted batch in --out.",
 )
 @click.option(
     "--only-changed", is_flag=True, help="Skip notebooks that passed before and have not changed."
@@ -82,12 +85,12 @@ STDIN = "-"
     "--timings",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A summary.json of an earlier batch, for shards of equal duration.",
+    help="A summary.json, for shards of equal duration.",
 )
 @click.option(
     "--limits",
     metavar="NAME|FILE",
-    help="A profile (default, ci, strict, untrusted) or your own YAML file.",
+    help="Profile default, ci, strict or untrusted, or your YAML file.",
 )
 @limit_options
 @wall_options
@@ -96,18 +99,18 @@ STDIN = "-"
 @click.option(
     "--kernel",
     metavar="NAME",
-    help="Kernel for the notebooks of its language, instead of their own.",
+    help="Kernel for all notebooks of its language.",
 )
 @click.option(
     "--kernel-fallback",
     type=click.Choice([choice.value for choice in KernelFallback]),
     default=KernelFallback.LANGUAGE.value,
-    help="If a notebook's kernel is not installed: use one of its language, or fail [language].",
+    help="If the kernel is missing: use one of its language, or fail.",
 )
 @click.option(
     "--cwd",
     type=click.Path(path_type=Path),
-    help="Working directory for all notebooks [each notebook's folder].",
+    help="Working directory [each notebook's folder].",
 )
 @click.option(
     "--allow-errors", is_flag=True, help="Continue after a cell that raises an exception."
@@ -115,10 +118,12 @@ STDIN = "-"
 @click.option(
     "--require",
     metavar="LIMIT,...",
-    help="Refuse to run unless the operating system enforces these (or: all, walls, none).",
+    help="Refuse to run unless the system enforces these (or: all).",
 )
 @click.option(
-    "--mechanisms", metavar="NAME,...", help=f"Use only these mechanisms: {', '.join(CHOOSABLE)}."
+    "--mechanisms",
+    metavar="NAME,...",
+    help=f"Use only these mechanisms: {', '.join(CHOOSABLE)}.",
 )
 @click.option(
     "--bisect",
@@ -135,7 +140,7 @@ STDIN = "-"
 @click.option(
     "--github/--no-github",
     default=None,
-    help="Print annotations and write a job summary [if GITHUB_ACTIONS=true].",
+    help="Print annotations and a summary [if on GitHub].",
 )
 @click.option(
     "--gitlab/--no-gitlab",

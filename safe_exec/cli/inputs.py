@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,13 @@ import click
 
 from safe_exec.errors import UsageError
 from safe_exec.files import one_line, read_regular
-from safe_exec.notebook.inputs import CellSelection, ExitMeaning, NotebookInputs, read_stdin
+from safe_exec.notebook.inputs import (
+    CellSelection,
+    ExitMeaning,
+    NotebookInputs,
+    StdinFile,
+    read_stdin,
+)
 
 if TYPE_CHECKING:
     from safe_exec.notebook.comparison import ComparisonRules
@@ -29,7 +36,7 @@ INPUT_OPTIONS = (
         nargs=2,
         multiple=True,
         metavar="NAME VALUE",
-        help="Set a parameter; 1, 0.5, True, False and None are typed, the rest is text.",
+        help="Set a parameter: a number, True, False, None or a text.",
     ),
     click.option(
         "-r",
@@ -38,7 +45,7 @@ INPUT_OPTIONS = (
         nargs=2,
         multiple=True,
         metavar="NAME TEXT",
-        help="Set a parameter to a text, whatever it looks like.",
+        help="Set a parameter to a text, even if it looks like a number.",
     ),
     click.option(
         "--parameters",
@@ -75,17 +82,17 @@ INPUT_OPTIONS = (
     click.option(
         "--until",
         metavar="CELL",
-        help="Stop after this cell: its number among the code cells, its id, or its tag.",
+        help="Stop after this code cell: its number, its id or its tag.",
     ),
     click.option(
         "--compare",
         is_flag=True,
-        help="Fail if outputs differ from those stored in the notebook (nbval's marks count).",
+        help="Fail if outputs differ from those stored in the notebook.",
     ),
     click.option(
         "--compare-lax",
         is_flag=True,
-        help="Compare only the outputs of cells marked NBVAL_CHECK_OUTPUT.",
+        help="Compare the outputs of cells marked NBVAL_CHECK_OUTPUT only.",
     ),
     click.option(
         "--sanitize-with",
@@ -93,21 +100,21 @@ INPUT_OPTIONS = (
         multiple=True,
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Replace in outputs before they are compared (nbval's regex/replace files).",
+        help="Replace in outputs before comparing (nbval's files).",
     ),
     click.option(
         "--compare-tolerance",
         "tolerance",
         type=click.FloatRange(min=0),
         metavar="X",
-        help="Treat numbers as equal up to this relative or absolute difference.",
+        help="Treat numbers as equal up to this difference (1e-6).",
     ),
     click.option(
         "--compare-images",
         "image_distance",
         type=click.IntRange(0, 64),
         metavar="N",
-        help="Compare images by perceptual hashes that may differ in N of 64 bits.",
+        help="Compare images, up to N of 64 bits of a hash.",
     ),
     click.option(
         "--exit-is",
@@ -118,7 +125,7 @@ INPUT_OPTIONS = (
     click.option(
         "--strict-shell",
         is_flag=True,
-        help="Make a failing !command an error of its cell, not a warning.",
+        help="Make a failing !command an error, not a warning.",
     ),
     click.option(
         "--stdin",
@@ -151,8 +158,22 @@ def inputs_of(options: Mapping[str, Any], *, lenient: bool = False) -> NotebookI
         selection=selection,
         exit_is=ExitMeaning(options["exit_is"]),
         strict_shell=options["strict_shell"],
-        stdin=None if options["stdin"] is None else read_stdin(options["stdin"]),
+        stdin=None if options["stdin"] is None else _read_stdin(options["stdin"]),
     )
+
+
+def _read_stdin(path: Path) -> StdinFile:
+    with _naming("--stdin"):
+        return read_stdin(path)
+
+
+@contextlib.contextmanager
+def _naming(option: str) -> Iterator[None]:
+    """Put the name of the option in front of an error about its file."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{option} {error}") from None
 
 
 def comparison_of(options: Mapping[str, Any], prefix: str = "--") -> ComparisonRules | None:
@@ -190,7 +211,8 @@ def _parameters_of(options: Mapping[str, Any]) -> dict[str, Value]:
     parameters: dict[str, Value] = {}
     # Files come first, since options on the command line override them.
     for path in options["parameter_files"]:
-        parameters |= read_file(path)
+        with _naming("--parameters"):
+            parameters |= read_file(path)
     parameters |= {name: typed(text) for name, text in options["parameters"]}
     parameters |= dict(options["raw_parameters"])
     return parameters
@@ -222,7 +244,8 @@ def read_env_file(path: Path) -> dict[str, str]:
     import dotenv
     from dotenv.parser import parse_stream
 
-    text = read_regular(path, most=_MOST_BYTES, error=UsageError).decode(errors="replace")
+    with _naming("--env-file"):
+        text = read_regular(path, most=_MOST_BYTES, error=UsageError).decode(errors="replace")
     for binding in parse_stream(io.StringIO(text)):
         # python-dotenv silently skips invalid lines, and lines without "=".
         if binding.error or (binding.key is not None and binding.value is None):

@@ -75,12 +75,12 @@ def call(arguments: Sequence[str]) -> int:
     warnings.filterwarnings("ignore", r"IPython (parent|dir) ", UserWarning)
     try:
         # standalone_mode=False: click would exit, and only __main__ may do that.
-        code = cli.main(list(arguments), standalone_mode=False)
+        code = cli.main(list(arguments), prog_name="safe-exec", standalone_mode=False)
     # click raises Abort for Ctrl-C at a prompt.
     except click.exceptions.Abort:
         return CANCELLED
     except click.ClickException as error:
-        click.echo(f"safe-exec: {error.format_message()}", err=True)
+        _show_usage_error(error, arguments)
         return 2
     except SafeExecError as error:
         click.echo(f"safe-exec: {error}", err=True)
@@ -93,3 +93,25 @@ def call(arguments: Sequence[str]) -> int:
         sys.stderr.close()
         return 128 + signal.SIGPIPE
     return code if isinstance(code, int) else 0
+
+
+def _show_usage_error(error: click.ClickException, arguments: Sequence[str]) -> None:
+    # `safe-exec` alone shows the help.
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return
+    from safe_exec.cli.usage_errors import usage_line
+
+    click.echo(f"safe-exec: {usage_line(error, COMMANDS, _context_of(error, arguments))}", err=True)
+
+
+def _context_of(error: click.ClickException, arguments: Sequence[str]) -> click.Context | None:
+    """Return the context of the sub-command that an error is about."""
+    context = getattr(error, "ctx", None)
+    # click's parser of options raises errors without one.
+    if context is None and arguments and arguments[0] in COMMANDS:
+        group = click.Context(cli, info_name="safe-exec")
+        command = cli.get_command(group, arguments[0])
+        assert command is not None
+        context = click.Context(command, parent=group, info_name=arguments[0])
+    return context

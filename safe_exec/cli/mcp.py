@@ -24,7 +24,7 @@ from safe_exec.model.limits import LimitName
     metavar="NAME|FILE",
     default="untrusted",
     show_default=True,
-    help="A profile (default, ci, strict, untrusted) or your own YAML file.",
+    help="Profile default, ci, strict or untrusted, or your YAML file.",
 )
 @limit_options
 @wall_options

@@ -22,7 +22,7 @@ from safe_exec.cli.batch import DEFAULT_OUT, make_out, show
 @click.option(
     "--github/--no-github",
     default=None,
-    help="Print annotations and write a job summary [if GITHUB_ACTIONS=true].",
+    help="Print annotations and a summary [if on GitHub].",
 )
 @click.option(
     "--gitlab/--no-gitlab",

@@ -14,30 +14,30 @@ OUTPUT_OPTIONS = (
     click.option(
         "--in-place",
         is_flag=True,
-        help="Write the executed notebook over the notebook itself, if it passes.",
+        help="Write the result over the notebook itself, if it passes.",
     ),
     click.option(
         "--on-failure",
         type=click.Choice([choice.value for choice in OnFailure]),
-        help="With --in-place: keep a notebook that fails as it is, or write it too [keep].",
+        help="With --in-place: keep one that fails, or write it too.",
     ),
     click.option(
         "--clean-metadata",
         is_flag=True,
-        help="Write no times and figures into the notebook, for version control.",
+        help="Write no times and figures into the notebook.",
     ),
     click.option("--no-output", is_flag=True, help="Write the notebook without outputs of cells."),
     click.option(
         "--keep-files",
         multiple=True,
         metavar="PATTERN",
-        help="Keep these files if the notebook runs in a private copy of its folder (*.png).",
+        help="Keep these files of a private copy of the folder ('*.png').",
     ),
 )
 
 
 follow_option = click.option(
-    "--follow", is_flag=True, help="Print what cells write to stdout and stderr while they run."
+    "--follow", is_flag=True, help="Print the output of cells while they run."
 )
 
 

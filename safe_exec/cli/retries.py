@@ -15,12 +15,12 @@ RETRY_OPTIONS = (
         "--retries",
         type=click.IntRange(0, 10),
         metavar="N",
-        help="Run again after failures that may pass, such as a busy machine [0].",
+        help="Run again after failures that may pass [0].",
     ),
     click.option(
         "--retry-on",
         metavar="REGEX",
-        help="Run again after these errors too ('ConnectionError|HTTP 5..') [2 retries].",
+        help="Run again after these errors too ('HTTP 5..') [2 retries].",
     ),
 )
 

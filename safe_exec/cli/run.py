@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from msgspec.structs import replace
 
+from safe_exec.cli.grouped_help import GroupedCommand
 from safe_exec.cli.inputs import (
     comparison_of,
     environment_with,
@@ -67,40 +68,46 @@ WALL_OPTIONS = (
     click.option(
         "--network/--no-network",
         default=None,
-        help="Allow or forbid connections to other hosts; loopback always works.",
+        help="Allow or forbid connections to other hosts.",
     ),
-    click.option("--read-only", is_flag=True, help="Make its folder read-only."),
+    click.option("--read-only", is_flag=True, help="Forbid writing to the notebook's folder."),
     click.option(
         "--show",
         multiple=True,
         metavar="PATH",
-        help="Let it read a directory or file that isolation hides.",
+        help="Let the notebook read a path that isolation hides.",
     ),
     click.option(
         "--writable",
         multiple=True,
         metavar="PATH",
-        help="Let it write to this path; the files stay.",
+        help="Let the notebook write to this path; the files stay.",
     ),
-    click.option("--hide", multiple=True, metavar="PATH", help="Hide a directory or file from it."),
+    click.option(
+        "--hide", multiple=True, metavar="PATH", help="Hide a directory or file from the notebook."
+    ),
     click.option(
         "--env",
         "env_names",
         multiple=True,
         metavar="NAME",
-        help="Let it see this environment variable.",
+        help="Pass on this environment variable of yours.",
     ),
     click.option(
         "--device",
         "devices",
         multiple=True,
         metavar="PATH",
-        help="Let it use this device (/dev/nvidia0).",
+        help="Let the notebook use this device (/dev/nvidia0).",
     ),
 )
 
 
-@click.command("run", short_help="Run a notebook inside limits, and explain why its kernel died.")
+@click.command(
+    "run",
+    cls=GroupedCommand,
+    short_help="Run a notebook inside limits, and explain why its kernel died.",
+)
 @click.argument("notebook", type=click.Path(path_type=Path))
 @click.option(
     "-o",
@@ -117,7 +124,7 @@ WALL_OPTIONS = (
 @click.option(
     "--limits",
     metavar="NAME|FILE",
-    help="A profile (default, ci, strict, untrusted) or your own YAML file.",
+    help="Profile default, ci, strict or untrusted, or your YAML file.",
 )
 @limit_options
 @wall_options
@@ -129,7 +136,7 @@ WALL_OPTIONS = (
     "--kernel-fallback",
     type=click.Choice([choice.value for choice in KernelFallback]),
     default=KernelFallback.LANGUAGE.value,
-    help="If a notebook's kernel is not installed: use one of its language, or fail [language].",
+    help="If the kernel is missing: use one of its language, or fail.",
 )
 @click.option(
     "--cwd", type=click.Path(path_type=Path), help="Working directory [the notebook's folder]."
@@ -140,10 +147,12 @@ WALL_OPTIONS = (
 @click.option(
     "--require",
     metavar="LIMIT,...",
-    help="Refuse to run unless the operating system enforces these (or: all, walls, none).",
+    help="Refuse to run unless the system enforces these (or: all).",
 )
 @click.option(
-    "--mechanisms", metavar="NAME,...", help=f"Use only these mechanisms: {', '.join(CHOOSABLE)}."
+    "--mechanisms",
+    metavar="NAME,...",
+    help=f"Use only these mechanisms: {', '.join(CHOOSABLE)}.",
 )
 @click.option(
     "--locals",
@@ -284,7 +293,8 @@ def _variable(option: str, name: str) -> str:
     # A value on the command line would be visible to every user, in the list of processes.
     if not name or "=" in name:
         raise UsageError(
-            f"{option} {name}: expected the name of a variable that is set for safe-exec itself"
+            f"{option} {name.partition('=')[0]}: expected the name of a variable of yours; to set one,"
+            " use --set-env NAME=VALUE"
         )
     return name
 

@@ -68,7 +68,7 @@ def _last(code: Sequence[tuple[int, Any]], until: str | None, tags: Sequence[str
         number = int(until)
         if not 1 <= number <= len(code):
             raise UsageError(
-                f"--until {until}: the notebook has {len(code)} code cells, numbered from 1"
+                f"--until {until}: the notebook has {len(code)} code cell{'s' * (len(code) != 1)}, numbered from 1"
             )
         return code[number - 1][0]
     by_id = [index for index, cell in code if cell.get("id") == until]

@@ -6,6 +6,7 @@ A new mechanism is added to OFFERS.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -81,7 +82,8 @@ def parse_mechanisms(names: Sequence[str] | None) -> frozenset[Mechanism]:
     wrong = [name for name in names if name not in choices]
     if wrong or not names:
         raise UsageError(
-            f"--mechanisms: {', '.join(wrong) or 'nothing'} is none; there are {', '.join(choices)}"
+            f"--mechanisms: unknown mechanism {', '.join(wrong) or '(none given)'}; "
+            f"there are {', '.join(choices)}"
         )
     return frozenset(choices[name] for name in names) | {Mechanism.RUNNER, Mechanism.NONE}
 
@@ -147,9 +149,12 @@ def parse_required(text: str, limits: Limits) -> Required:
         return Required(isolation=False)
     wrong = [word for word in requested if word not in (*REQUIRABLE, EVERY_LIMIT, EVERY_WALL)]
     if wrong or not requested:
-        choices = ", ".join((EVERY_LIMIT, EVERY_WALL, NOTHING, *sorted(REQUIRABLE)))
+        requirable_names = (EVERY_LIMIT, EVERY_WALL, NOTHING, *sorted(REQUIRABLE))
+        choices = ", ".join(requirable_names)
+        near = get_close_matches(wrong[0], requirable_names, n=1) if wrong else []
+        guess = f"did you mean {near[0]}? " if near else ""
         raise ValueError(
-            f"{', '.join(wrong) or 'nothing'} is no limit and no wall; there are {choices}"
+            f"{', '.join(wrong) or 'nothing'} is no limit and no wall; {guess}there are {choices}"
         )
     every = (
         [name for name in REQUIRE_ALL if limits.of(name) is not None]
