@@ -54,6 +54,7 @@ def run(
     clean_metadata: bool = False,
     no_output: bool = False,
     keep_files: Sequence[str] = (),
+    repeat: int = 1,
     retries: int | None = None,
     retry_on: str | None = None,
     bisect: str = "auto",
@@ -82,7 +83,8 @@ def run(
     figures out of it, ``no_output`` the outputs. Files that match a pattern
     of ``keep_files`` come back from a private copy of the folder. A notebook that fails runs
     again up to ``retries`` times if that may help, or if its error matches the regular expression
-    ``retry_on`` (then twice by default). ``bisect`` is ``"auto"``, ``"always"`` or ``"never"``:
+    ``retry_on`` (then twice by default). ``repeat`` is the number of runs; cells whose
+    results differ are in ``verdict.flaky_cells``. ``bisect`` is ``"auto"``, ``"always"`` or ``"never"``:
     whether a culprit search follows a failure; ``bisect_budget`` is its time limit in seconds
     (``None``: 60, or three times the first run). ``on_event`` is called with each event, ``on_output``
     with each text that a cell writes (index of the cell, stream, text).
@@ -121,6 +123,7 @@ def run(
             clean_metadata=clean_metadata,
             no_output=no_output,
             keep_files=keep_files,
+            repeat=repeat,
             retries=retries,
             retry_on=retry_on,
             bisect=bisect,
@@ -160,6 +163,7 @@ async def run_async(
     clean_metadata: bool = False,
     no_output: bool = False,
     keep_files: Sequence[str] = (),
+    repeat: int = 1,
     retries: int | None = None,
     retry_on: str | None = None,
     bisect: str = "auto",
@@ -204,6 +208,7 @@ async def run_async(
             no_output=no_output,
         ),
         keep_files=tuple(keep_files),
+        repeat=repeat,
         bisect=_bisect(bisect),
         bisect_budget=bisect_budget,
         sinks=(on_event,) if on_event is not None else (),

@@ -12,6 +12,13 @@ if TYPE_CHECKING:
 
 RETRY_OPTIONS = (
     click.option(
+        "--repeat",
+        type=click.IntRange(1, 1000),
+        default=1,
+        metavar="N",
+        help="Run N times, and name the cells whose results differ [1].",
+    ),
+    click.option(
         "--retries",
         type=click.IntRange(0, 10),
         metavar="N",

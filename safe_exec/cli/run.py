@@ -247,6 +247,7 @@ def job_of(notebook: Path, options: Mapping[str, Any], *, lenient: bool = False)
         comparison=comparison_of(options),
         form=form_of(options),
         keep_files=tuple(options["keep_files"]),
+        repeat=options["repeat"],
         env=environment_with(variables),
         walls=walls_with(walls_of(options), variables),
         verdict=options["verdict"],

@@ -123,6 +123,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             f"--safe-exec-{name}", action="store_true", help=f"As `safe-exec run --{name}`."
         )
     group.addoption(
+        "--safe-exec-repeat", type=int, default=1, metavar="N", help="As `safe-exec run --repeat`."
+    )
+    group.addoption(
         "--safe-exec-retries", type=int, metavar="N", help="As `safe-exec run --retries`."
     )
     group.addoption("--safe-exec-retry-on", metavar="REGEX", help="As `safe-exec run --retry-on`.")
@@ -197,6 +200,7 @@ class Settings:
     comparison: Any = None
     form: Any = None
     retry: Any = None
+    repeat: int = 1
     keep_files: tuple[str, ...] = ()
     follow: bool = False
     variables: dict[str, str] = field(default_factory=dict)
@@ -259,6 +263,7 @@ def _settings(config: pytest.Config) -> Settings:
             {name: config.getoption(f"safe_exec_{name}") for name in ("retries", "retry_on")},
             "--safe-exec-",
         ),
+        repeat=config.getoption("safe_exec_repeat"),
         keep_files=tuple(config.getoption("safe_exec_keep_files")),
         follow=config.getoption("safe_exec_follow"),
         form=form_of(_output_options(config), "--safe-exec-"),
@@ -429,6 +434,10 @@ class FilesNotKept(pytest.PytestWarning):
     """A notebook passed, and files that it wrote are gone with its sandbox."""
 
 
+class FlakyCells(pytest.PytestWarning):
+    """The results of a cell differ between runs (``--safe-exec-repeat``)."""
+
+
 class NotebookFailed(Exception):  # noqa: N818 - what pytest is told; the verdict says what it was
     """A notebook did not pass; ``verdict`` has the details."""
 
@@ -462,6 +471,8 @@ class NotebookItem(pytest.Item):
         file_warnings = [warning for warning in verdict.warnings if warning.startswith(NOT_KEPT)]
         for warning in file_warnings:
             self.warn(FilesNotKept(f"{self.nodeid}: {warning}"))
+        for cell in verdict.flaky_cells:
+            self.warn(FlakyCells(f"{self.nodeid}: code cell {cell.code_index + 1}: {cell.summary}"))
         if not self._settings.keeps:
             for path in verdict.outputs.values():
                 # Only failures are worth keeping in the cache.
@@ -496,6 +507,7 @@ class NotebookItem(pytest.Item):
                 comparison=settings.comparison,
                 form=settings.form,
                 keep_files=settings.keep_files,
+                repeat=settings.repeat,
                 output=Path(f"{stem}.out.ipynb"),
                 verdict=Path(f"{stem}.verdict.json"),
                 repro=Path(f"{stem}.repro.ipynb"),

@@ -318,6 +318,14 @@ class CreatedFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     from_copy: bool = False
 
 
+class FlakyCell(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A cell whose status or outputs differ between the runs of ``--repeat``."""
+
+    index: Count
+    code_index: Count
+    summary: Text
+
+
 class Environment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The environment of the run."""
 
@@ -367,6 +375,9 @@ class Verdict(
     isolation: Isolation = field(default_factory=Isolation)
     # The attempts with retries, this one included; a pass after the first one is flaky.
     attempts: Annotated[int, Meta(ge=1)] = 1
+    # The runs of --repeat, this one included, and the cells whose results differ among them.
+    runs: Annotated[int, Meta(ge=1)] = 1
+    flaky_cells: tuple[FlakyCell, ...] = ()
     # Whether the run continues after a cell that raises.
     allow_errors: bool = False
     # Other hosts that the notebook contacted.

@@ -99,6 +99,8 @@ class Job(Struct, frozen=True, kw_only=True):
     bisect_budget: float | None = None
     # Show local variables in the native stack of a crash.
     with_locals: bool = False
+    # The number of runs; cells whose results differ are reported.
+    repeat: int = 1
     # How each earlier attempt of this run failed, in one line.
     earlier_attempts: tuple[str, ...] = ()
     # Replays and probes run in scratch folders and write no documents.

@@ -112,6 +112,11 @@ async def run_job(
         write_partial = partial(write, prepared, node=first.result.node, documents=documents)
         if worth_a_search(verdict):
             verdict = await _search(prepared, first, verdict, folder, write_partial)
+        if prepared.job.repeat > 1:
+            from safe_exec.workflows.repeat import FinishedRun, repeated
+
+            finished_run = FinishedRun(verdict, first.result.node)
+            verdict = await repeated(prepared, finished_run, cancellation)
         verdict = write(prepared, verdict, first.result.node, documents)
         emit(_run_finished(prepared, verdict))
     return verdict
@@ -121,6 +126,8 @@ async def run_undocumented(
     prepared: PreparedJob,
     sinks: tuple[EventSink, ...] = (),
     on_message: Callable[[int, dict[str, Any]], None] | None = None,
+    *,
+    cancellation: Cancellation | None = None,
 ) -> tuple[Verdict, Any]:
     """Run the notebook for a tool that writes its own documents; nothing is searched for.
 
@@ -129,9 +136,11 @@ async def run_undocumented(
     from safe_exec.trial.request import Cancellation
     from safe_exec.workflows.bisect import FolderSnapshot
 
-    cancellation, mask = Cancellation(), _mask(prepared)
+    # A caller with a cancellation of its own handles signals.
+    handle_signals = signals if cancellation is None else _no_signal_handlers
+    cancellation, mask = cancellation or Cancellation(), _mask(prepared)
     emit = _fan_out((*prepared.job.sinks, *sinks), mask)
-    with signals(cancellation.arrive), FolderSnapshot(prepared) as folder:
+    with handle_signals(cancellation.arrive), FolderSnapshot(prepared) as folder:
         sweep()
         emit(_run_started(prepared))
         first = await _first_run(prepared, emit, cancellation, folder, on_message)
