@@ -59,6 +59,19 @@ OF_OTHER_TOOLS = {
         *("--array", "--cpus-per-task", "--mem", "--wait"),
     },
     "docs/limits.md": {"--user", "--scope"},
+    "docs/migrating.md": {
+        *("--engine", "--execute", "--execution-timeout", "--help-notebook", "--inplace", "--to"),
+        *("--log-output", "--nbmake", "--nbmake-find-import-errors", "--nbmake-kernel"),
+        *("--nbmake-timeout", "--nbval", "--nbval-cell-timeout", "--nbval-lax", "--overwrite"),
+        *("--nbval-sanitize-with", "--safe-exec"),
+        *(
+            f"--safe-exec-{name}"
+            for name in (
+                *("cell-timeout", "compare", "compare-lax", "in-place", "kernel"),
+                *("sanitize-with", "show"),
+            )
+        ),
+    },
     "docs/integrations.md": {
         *(f"--safe-exec-{name.value.replace('_', '-')}" for name in LimitName),
         *(
