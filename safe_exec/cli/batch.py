@@ -22,7 +22,7 @@ from safe_exec.cli.inputs import input_options
 from safe_exec.cli.outputs import follow_option, output_options
 from safe_exec.cli.retries import retry_of, retry_options
 from safe_exec.cli.run import job_of, limit_options, wall_options
-from safe_exec.errors import OutputPathError
+from safe_exec.errors import OutputPathError, UsageError
 from safe_exec.files import one_line
 from safe_exec.notebook.kernel_choice import KernelFallback
 from safe_exec.reports.batch.progress import BatchProgress, line_of
@@ -177,6 +177,10 @@ def command(paths: tuple[str, ...], out: Path, quiet: bool, follow: bool, **opti
     timings = read_timings(options["timings"])
     cluster = options["cluster"]
     address = _cluster(cluster) if cluster is not None else None
+    if address is not None and (follow or options["retry_on"] is not None):
+        # Workers send no output, and decide alone whether a failure is transient.
+        name = "--follow" if follow else "--retry-on"
+        raise UsageError(f"{name}: not available with --cluster; leave one of them out")
     jobs = parse_jobs(options["jobs"], cpus_available())
     # Workers decide how many notebooks run at a time, unless the user limits their number.
     most = 0 if address is not None and options["jobs"] == AUTO else jobs
