@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 
+from .allocations import record_allocations
 from .growth import Growth
 from .holders import Modules, figures, local_variables, outputs, tracebacks, variables
 from .library_objects import library_handlers
@@ -27,8 +28,10 @@ LEAST_SECONDS = 0.0003
 # Smaller changes of the memory are not worth a census.
 LEAST_CHANGE_BYTES = 8 << 20
 LEAST_CHANGE_SHARE = 0.03
-# The room that a census leaves below the limit: it takes some megabytes itself.
-ROOM_BYTES = 32 << 20
+# The room below the limit that a census needs: it takes up to half of it.
+ROOM_BYTES = 16 << 20
+# An object that a census remembers takes less.
+BYTES_FOR_OBJECT = 200
 MOST_HOLDERS = 20
 LEAST_HOLDER_BYTES = 256 << 10
 LONGEST_NAME = 100
@@ -85,6 +88,7 @@ class Census:
 
     def begin_cells(self):
         """Record the state before the first cell."""
+        record_allocations(self.inside)
         self.namespace = self.inside.shell.user_ns
         self.bindings = dict.fromkeys(self.namespace, 0)
         self.last_bytes = self.settled_bytes = self.own_bytes()
@@ -212,6 +216,9 @@ class Census:
     def report(self, current, seconds, settled):
         """Measure the holders, and send the largest."""
         walk = Walk(self.residency, seconds, library_handlers(), self.skipped())
+        if self.limit is not None:
+            room = (self.limit - current) // 2
+            walk.most_objects = min(walk.most_objects, room // BYTES_FOR_OBJECT)
         rows = []
         finished = self.measure(walk, self.roots(walk, settled), rows)
         # Installed modules hold much only rarely, and are many: what is not looked at there counts

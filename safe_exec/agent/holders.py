@@ -9,6 +9,7 @@ from .object_sizes import ATOMS, BASES, MODULE, NAMESPACE, NEVER
 # A function's frame has this flag, a module's has not (inspect.CO_NEWLOCALS).
 NEW_LOCALS = 2
 MOST_OWNERS = 20000
+NAMES_AT_A_TIME = 1000
 MOST_OUTPUTS = 2000
 # Modules of the notebook's folder are few; others are looked at while there is time.
 MOST_MODULES = 3000
@@ -45,30 +46,36 @@ def variables(walk, namespace, first=()):
     An object that two variables have belongs to one of them.
     """
     names = [name for name in first if name in namespace]
-    visited = set(names)
-    others, classes = [], []
-    # By reversed(): a census that runs out of time has seen what came last.
-    for name in itertools.chain(names, reversed(namespace)):
-        if type(name) is not str or is_of_shell(name):
+    visited, classes = set(names), []
+    # A census that runs out of time has seen what was large before, and what came last.
+    fresh = (name for name in reversed(namespace) if name not in visited)
+    chunk = names
+    while chunk is not None:
+        yield from own_values(walk, namespace, chunk, classes)
+        chunk = list(itertools.islice(fresh, NAMES_AT_A_TIME)) or None
+    for name, kind in classes:
+        if MODULE(kind) == "__main__":
+            yield from class_attributes(name, kind)
+
+
+def own_values(walk, namespace, names, classes):
+    """Yield the variables of some names; classes are put aside."""
+    own = []
+    for name in names:
+        if type(name) is not str or is_of_shell(name) or name not in namespace:
             continue
         value = namespace[name]
         kind = type(value)
         if is_class(value):
             classes.append((name, value))
-            continue
-        if kind in NEVER:
-            continue
-        walk.tick()
-        if name not in visited:
-            others.append(name)
-        if kind not in ATOMS and len(walk.owners) < MOST_OWNERS:
-            walk.owners.setdefault(id(value), name)
-    for name in itertools.chain(names, others):
+        elif kind not in NEVER:
+            walk.tick()
+            own.append(name)
+            if kind not in ATOMS and len(walk.owners) < MOST_OWNERS:
+                walk.owners.setdefault(id(value), name)
+    for name in own:
         if name in namespace:
             yield name, namespace[name]
-    for name, kind in classes:
-        if MODULE(kind) == "__main__":
-            yield from class_attributes(name, kind)
 
 
 def class_attributes(name, kind):

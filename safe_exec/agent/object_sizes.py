@@ -178,6 +178,7 @@ class Walk:
         self.visited = set(skipped)
         self.owners = {}
         self.ticks = 0
+        self.most_objects = MOST_OBJECTS
         # Every object was counted, and none stood for others.
         self.exact = True
         self.object_bytes = 0
@@ -189,7 +190,7 @@ class Walk:
         """Count an object. Raises OutOfTime."""
         self.ticks += 1
         if not self.ticks % CLOCK_EVERY and (
-            self.clock() > self.deadline or len(self.visited) > MOST_OBJECTS
+            self.clock() > self.deadline or len(self.visited) > self.most_objects
         ):
             self.exact = False
             raise OutOfTime

@@ -9,6 +9,8 @@ from .layout import HISTORY, HISTORY_AT, SAMPLE, SAMPLE_AT
 # Short cells get a sample too; after ten seconds a slower rate is enough.
 SAMPLE_SECONDS = 0.02
 SLOW_SAMPLE_SECONDS = 0.05
+# In a trial that only looks for the holders of memory.
+THOROUGH_SAMPLE_SECONDS = 0.003
 
 
 def sample_forever(inside):
@@ -16,7 +18,10 @@ def sample_forever(inside):
     page, clock, slot, last_place = inside.page, time.monotonic, 0, None
     started, cell = 0.0, 0
     while True:
-        pause = SAMPLE_SECONDS if clock() - started < 10 else SLOW_SAMPLE_SECONDS
+        if inside.census.is_thorough:
+            pause = THOROUGH_SAMPLE_SECONDS
+        else:
+            pause = SAMPLE_SECONDS if clock() - started < 10 else SLOW_SAMPLE_SECONDS
         due_time = clock() + pause
         time.sleep(pause)
         if inside.child:

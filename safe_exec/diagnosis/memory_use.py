@@ -5,7 +5,9 @@ The censuses are the kernel's word; the peak was measured outside and bounds the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+from msgspec.structs import replace
 
 from safe_exec.diagnosis.context import Context
 from safe_exec.model.evidence import CellLocation
@@ -28,13 +30,17 @@ MEMORY_CAUSES = (
     CauseKind.MEMORY_ERROR,
     CauseKind.WORKER_OUT_OF_MEMORY,
 )
-# Smaller holders explain nothing.
+# Smaller holders and lines explain nothing.
 LEAST_SHARE = 0.01
 MOST_HOLDERS = 20
+# A report that names so much of the peak needs no further trial.
+EXPLAINED_SHARE = 0.9
 MOST_LINES = 20
 # Growth since the last census that is worth a row of its own.
 LEAST_GROWTH_BYTES = 4 << 20
 LEAST_GROWTH_SHARE = 0.02
+# Memory that the system counts for the group and not for the kernel process is a few percent.
+LEAST_OTHERS_SHARE = 0.1
 # A cell in which a holder grew by less did not fill it.
 LEAST_CELL_SHARE = 0.02
 
@@ -44,27 +50,34 @@ def memory_use(context: Context, cause: Cause | None) -> MemoryUse | None:
     censuses, peak = context.evidence.censuses, context.evidence.memory_peak
     if not censuses or not _is_short(context, cause):
         return None
-    last = _last(censuses)
+    last = _last(censuses) if context.current is not None else _highest(censuses)
     upper_bound = last.memory if peak is None else peak
     holders = [
         holder
         for holder in _holders(context, last, upper_bound)
         if holder.bytes >= upper_bound * LEAST_SHARE
     ]
-    attributed, native = min(last.total, upper_bound), _native_bytes(censuses)
-    unnamed = _unnamed(context, last, native)
-    if unnamed is not None:
-        holders.append(unnamed)
-        attributed = min(upper_bound, attributed + unnamed.bytes)
+    settled = _settled(censuses)
+    # The memory of the kernel process that no Python object held.
+    native = 0 if settled is None else max(0, settled.memory - settled.total)
+    attributed = min(last.total, upper_bound)
+    others = _other_processes(context)
+    unnamed = _unnamed(context, last, native, others)
+    for holder in (unnamed, others):
+        if holder is not None:
+            holders.append(holder)
+            attributed = min(upper_bound, attributed + holder.bytes)
     # A sum above the memory of the process contradicts itself.
     consistent = last.total <= last.memory <= upper_bound
     return MemoryUse(
         peak_bytes=peak,
         attributed_bytes=attributed,
-        native_bytes=None if native is None else min(native, upper_bound - attributed),
+        native_bytes=min(native, upper_bound - attributed)
+        if settled is not None and settled.finished
+        else None,
         complete=last.complete and consistent,
         holders=tuple(sorted(holders, key=lambda holder: -holder.bytes))[:MOST_HOLDERS],
-        lines=_lines(context, last, unnamed),
+        lines=_lines(context, last, unnamed, others),
     )
 
 
@@ -77,16 +90,18 @@ def _last(censuses: tuple[Census, ...]) -> Census:
     return last
 
 
-def _native_bytes(censuses: tuple[Census, ...]) -> int | None:
-    """Return the memory of the kernel process that no Python object held.
+def _highest(censuses: tuple[Census, ...]) -> Census:
+    """Return the census with the most memory: a run that passed has released it since."""
+    return max(censuses, key=lambda census: (census.memory, census.total))
+
+
+def _settled(censuses: tuple[Census, ...]) -> Census | None:
+    """Return the last census between two cells.
 
     While a cell runs, local variables and temporary objects hold memory too, and a census may not
-    see them. So the last census between two cells counts.
+    see them.
     """
-    settled = next((census for census in reversed(censuses) if census.settled), None)
-    if settled is None or not settled.finished:
-        return None
-    return max(0, settled.memory - settled.total)
+    return next((census for census in reversed(censuses) if census.settled), None)
 
 
 def _is_short(context: Context, cause: Cause | None) -> bool:
@@ -129,13 +144,29 @@ def _growth(
     return tuple(CellGrowth(code_index=cell, bytes=size) for cell, size in growth.items())
 
 
-def _unnamed(context: Context, last: Census, native: int | None) -> Holder | None:
+def _other_processes(context: Context) -> Holder | None:
+    """Return the memory of the processes that the notebook started, as observed outside."""
+    evidence = context.evidence
+    peak, own = evidence.memory_peak, evidence.memory_kernel
+    if peak is None:
+        return None
+    size = max(evidence.memory_children or 0, 0 if own is None else peak - own)
+    if size < max(LEAST_GROWTH_BYTES, LEAST_OTHERS_SHARE * peak):
+        return None
+    return Holder(
+        name=None,
+        type="process",
+        bytes=min(size, peak),
+        summary="processes that the notebook started, and files in memory",
+    )
+
+
+def _unnamed(context: Context, last: Census, native: int, others: Holder | None) -> Holder | None:
     """Return the memory that no name held yet: the crash cell allocated it while it ran."""
-    peak, children = context.evidence.memory_peak, context.evidence.memory_children or 0
+    peak, children = context.evidence.memory_peak, 0 if others is None else others.bytes
     if peak is None or context.current is None:
         return None
-    known_bytes = max(last.memory, last.total) if native is None else last.total + native
-    size = peak - children - known_bytes
+    size = peak - children - last.total - native
     if size < max(LEAST_GROWTH_BYTES, LEAST_GROWTH_SHARE * peak):
         return None
     numbers = {record.index: record.code_index for record in context.cells}
@@ -152,23 +183,29 @@ def _unnamed(context: Context, last: Census, native: int | None) -> Holder | Non
     )
 
 
-def _lines(context: Context, last: Census, unnamed: Holder | None) -> tuple[AllocationLine, ...]:
+def _lines(
+    context: Context, last: Census, unnamed: Holder | None, others: Holder | None
+) -> tuple[AllocationLine, ...]:
     """Return the lines that allocated what was there at the end, the largest first.
 
     What came after the last census belongs to the line that ran at the end.
     """
     sums: dict[tuple[CensusSite, ...], int] = {}
-    for line in last.lines:
-        sums[line.sites] = sums.get(line.sites, 0) + line.bytes
     peak, location = context.evidence.memory_peak, context.evidence.location
-    if unnamed is not None and location is not None and peak is not None:
-        size = peak - (context.evidence.memory_children or 0) - last.memory
+    recorded_lines = context.evidence.allocations
+    for line in recorded_lines or last.lines:
+        sums[line.sites] = sums.get(line.sites, 0) + line.bytes
+    # What was recorded includes the last allocation, and all of it: also what was not written yet.
+    if not recorded_lines and unnamed and location is not None and peak is not None:
+        size = peak - (0 if others is None else others.bytes) - last.memory
         sites = _sites(location)
         if sites and size >= LEAST_GROWTH_BYTES:
             sums[sites] = sums.get(sites, 0) + size
     numbers = {record.index: record.code_index for record in context.cells}
     lines = [
-        _line(sites, size, numbers) for sites, size in sums.items() if sites[0].cell in numbers
+        _line(sites, size if peak is None else min(size, peak), numbers)
+        for sites, size in sums.items()
+        if sites[0].cell in numbers and size >= (peak or 0) * LEAST_SHARE
     ]
     return tuple(sorted(lines, key=lambda line: -line.bytes))[:MOST_LINES]
 
@@ -195,3 +232,63 @@ def _line(sites: tuple[CensusSite, ...], size: int, numbers: Mapping[int, int]) 
             if site.cell in numbers
         ),
     )
+
+
+def in_notebook(use: MemoryUse, code_indexes: Sequence[int]) -> MemoryUse:
+    """Return the memory of a trial with the cells of the notebook.
+
+    ``code_indexes`` are, in the order of the trial, the positions of its cells among the notebook's
+    code cells.
+    """
+
+    def original(code_index: int | None) -> int | None:
+        is_known = code_index is not None and code_index < len(code_indexes)
+        return code_indexes[code_index] if code_index is not None and is_known else None
+
+    holders = tuple(
+        replace(
+            holder,
+            code_index=original(holder.code_index),
+            growth=tuple(
+                replace(growth, code_index=code_indexes[growth.code_index])
+                for growth in holder.growth
+                if growth.code_index < len(code_indexes)
+            ),
+        )
+        for holder in use.holders
+    )
+    lines = tuple(
+        replace(
+            line,
+            code_index=code_indexes[line.code_index],
+            callers=tuple(
+                replace(caller, code_index=code_indexes[caller.code_index])
+                for caller in line.callers
+                if caller.code_index < len(code_indexes)
+            ),
+        )
+        for line in use.lines
+        if line.code_index < len(code_indexes)
+    )
+    return replace(use, holders=holders, lines=lines)
+
+
+def better_use(first: MemoryUse | None, observed: MemoryUse | None) -> MemoryUse | None:
+    """Return the one of two reports of the same failure whose names hold more of the peak."""
+    if first is None or observed is None:
+        return first or observed
+    return observed if _named_share(observed) >= _named_share(first) else first
+
+
+def is_explained(use: MemoryUse) -> bool:
+    """Whether a report leaves no large part of the memory without a name."""
+    known_bytes = (use.native_bytes or 0) + sum(
+        holder.bytes for holder in use.holders if holder.name is not None
+    )
+    return use.complete and known_bytes >= EXPLAINED_SHARE * (use.peak_bytes or 0)
+
+
+def _named_share(use: MemoryUse) -> float:
+    """Return the share of the peak that holders with a name have."""
+    named_bytes = sum(holder.bytes for holder in use.holders if holder.name is not None)
+    return named_bytes / (use.peak_bytes or 1)

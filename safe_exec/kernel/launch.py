@@ -153,6 +153,8 @@ class Launch(Struct, frozen=True, kw_only=True):
     key: str | None = None
     arguments: tuple[str, ...] = ()
     strict_shell: bool = False
+    # Takes more time for each census of the memory.
+    thorough: bool = False
 
     def __repr__(self) -> str:
         # Without the environment and the key: both are secrets.
@@ -295,6 +297,7 @@ def begin_launch(sandbox: Sandbox, request: Launch) -> LaunchedKernel:
             headless=request.key is None,
             marks=True,
             strict_shell=request.strict_shell,
+            thorough=request.thorough,
         ),
     )
     return LaunchedKernel(
@@ -434,12 +437,18 @@ def _enclose(
 
 
 def inside_config(
-    limits: Limits, *, headless: bool, marks: bool, strict_shell: bool = False
+    limits: Limits,
+    *,
+    headless: bool,
+    marks: bool,
+    strict_shell: bool = False,
+    thorough: bool = False,
 ) -> dict[str, object]:
     """The agent's settings.
 
     The agent cuts output at its caps only if the client ``marks`` the missing part. With
-    ``strict_shell`` a failing ``!command`` raises.
+    ``strict_shell`` a failing ``!command`` raises. ``thorough``: the run only looks for the holders
+    of memory, and a census may take longer.
     """
     cap = limits.cell_output if marks else None
     cut = None if cap is None else cap + MESSAGE_SLACK
@@ -449,4 +458,5 @@ def inside_config(
         "headless": headless,
         "strict_shell": strict_shell,
         "memory": limits.memory,
+        "thorough": thorough,
     }

@@ -27,6 +27,7 @@ from safe_exec.keeper.protocol import CleanupResult, Dying
 from safe_exec.kernel import fault_report, native_stack
 from safe_exec.kernel.activity import ObservedKernel
 from safe_exec.kernel.agent_facts import AgentFacts
+from safe_exec.kernel.allocation_file import AllocationFile
 from safe_exec.kernel.channel import Channel
 from safe_exec.kernel.children import ChildHistory
 from safe_exec.kernel.connection import Address, ConnectFailed, Connection, connect
@@ -111,6 +112,7 @@ class KernelSession:
         answers: InputAnswers | None = None,
         reads_native: bool = False,
         with_locals: bool = False,
+        allocations: AllocationFile | None = None,
     ) -> None:
         self._reads_native, self._with_locals = reads_native, with_locals
         self.native: native_stack.NativeReading | None = None
@@ -118,6 +120,8 @@ class KernelSession:
         self.limits, self.plan, self.run_id = limits, plan, run_id
         self._on_limit = on_limit
         self._strict_shell = strict_shell
+        # Only in a trial that looks for the holders of memory.
+        self.allocations = allocations
         # Answers to `input()`; without them a headless kernel declines to ask.
         self.answers = answers
         self._answering: asyncio.Task[None] | None = None
@@ -182,6 +186,7 @@ class KernelSession:
                 key=self.key,
                 arguments=self.arguments,
                 strict_shell=self._strict_shell,
+                thorough=self.allocations is not None,
             )
             # Building a sandbox blocks, and other runs share this event loop.
             launched = await _run_in_thread(partial(launch, self.sandbox, request))
@@ -192,6 +197,8 @@ class KernelSession:
         self.manager, self.provisioner = km, self._provision(km, kernel_name)
         if launched is not None:
             self.provisioner.adopt(launched)
+            if self.allocations is not None and launched.instrumented:
+                self.allocations.send(launched.channels.facts)
         else:
             await self._start_by_jupyter(km, cwd, env)
         self._watch()

@@ -9,7 +9,7 @@ from msgspec import Struct, field
 
 from safe_exec.model.ending import CellError, ExitStatus, TerminationReason
 from safe_exec.model.limits import Count, Mechanism, RepositoryUse
-from safe_exec.model.memory import Census
+from safe_exec.model.memory import Census, CensusLine
 from safe_exec.model.observed import ChangedLimit, EndedChild, ObservedLock, ObservedProcess
 
 
@@ -417,6 +417,8 @@ class Evidence(Struct, frozen=True, kw_only=True):
     final_output: tuple[OutputBurst, ...] = ()
     # What held the kernel's memory, by the kernel's word, the earliest first.
     censuses: tuple[Census, ...] = ()
+    # The lines whose allocations were alive at the end, if they were recorded in the kernel.
+    allocations: tuple[CensusLine, ...] = ()
 
 
 # The fields of the evidence that the kernel process says of itself: read outside, but written
@@ -436,4 +438,5 @@ CLAIMS = (
     "handler_replaced",
     "printed",
     "censuses",
+    "allocations",
 )

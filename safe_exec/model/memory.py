@@ -63,7 +63,8 @@ class Holder(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A variable, or another place, that held memory.
 
     ``name`` is ``None`` for memory that no name held yet: the running statement had allocated it
-    since the last census. ``code_index`` is the cell that bound the name.
+    since the last census; with the type ``process``, the memory of all processes but the kernel.
+    ``code_index`` is the cell that bound the name.
     """
 
     name: str | None

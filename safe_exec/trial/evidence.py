@@ -116,6 +116,9 @@ def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellL
         conflicts=isolation_conflicts(state, ending, location),
         volumes=session.volumes.lowest() if session.volumes else (),
         final_output=final_output(session),
+        allocations=session.allocations.read(session.agent_facts.code)
+        if session.allocations is not None
+        else (),
         censuses=session.agent_facts.census.all(session.agent_facts.index_of),
     ), location
 

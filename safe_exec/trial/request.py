@@ -20,6 +20,7 @@ from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.trial.metrics import MetricsRecorder
 
 if TYPE_CHECKING:
+    from safe_exec.kernel.allocation_file import AllocationFile
     from safe_exec.kernel.prestart import PrestartedKernel
 
 
@@ -76,6 +77,9 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
     exit_is_success: bool = True
     # A failing `!command` raises.
     strict_shell: bool = False
+    # For a run that only looks for the holders of memory: its kernel takes more time for each
+    # census, and records allocations here if it can.
+    allocations: AllocationFile | None = None
     # Answers to `input()`; None: it raises.
     stdin_lines: tuple[str, ...] | None = None
     # Cells that may raise, as if they had nbclient's tag for it.

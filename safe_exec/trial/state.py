@@ -38,6 +38,7 @@ class TrialState:
             run_id=request.run_id,
             on_limit=self._limit_from_watchdog,
             strict_shell=request.strict_shell,
+            allocations=request.allocations,
             answers=None if request.stdin_lines is None else InputAnswers(request.stdin_lines),
             # A search only asks whether the kernel dies.
             reads_native=not request.hasty,

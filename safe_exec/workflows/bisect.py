@@ -24,6 +24,7 @@ from safe_exec.workflows.prepare import Bisect, PreparedJob
 if TYPE_CHECKING:
     from safe_exec.experiments.culprits.finder import InvestigationResult
     from safe_exec.experiments.workspace import Snapshot
+    from safe_exec.model.memory import MemoryUse
     from safe_exec.trial.request import TrialRequest, TrialResult
 
 LEAST_BUDGET = 60.0
@@ -288,7 +289,10 @@ def _with_culprits(
 ) -> Verdict:
     """Add the culprits to the verdict, and write the reproduction."""
     verdict = replace(
-        verdict, culprits=outcome.culprits, warnings=(*verdict.warnings, *outcome.warnings)
+        verdict,
+        culprits=outcome.culprits,
+        memory=_memory_use(verdict, outcome),
+        warnings=(*verdict.warnings, *outcome.warnings),
     )
     if outcome.reproduction is None:
         return verdict
@@ -297,6 +301,23 @@ def _with_culprits(
     except OSError as error:
         return _with_warning(verdict, f"the reproduction could not be written: {error}")
     return replace(verdict, culprits=replace(outcome.culprits, repro_notebook=str(written)))
+
+
+def _memory_use(verdict: Verdict, outcome: InvestigationResult) -> MemoryUse | None:
+    """Return what held the memory in the observed trial, if it explains more than the first run."""
+    from safe_exec.diagnosis.memory_use import better_use, in_notebook, memory_use
+    from safe_exec.diagnosis.verdict import context_of
+
+    if outcome.observed is None:
+        return verdict.memory
+    result, request = outcome.observed.result, outcome.observed.request
+    cause = cause_of_trial(result, request, verdict)
+    if verdict.cause is None or cause is None or cause.kind is not verdict.cause.kind:
+        return verdict.memory
+    context = context_of(result, request.limits, request.plan, verdict.notebook.language)
+    use = memory_use(context, cause)
+    code_indexes = [culprit.code_index for culprit in outcome.culprits.cells]
+    return better_use(verdict.memory, None if use is None else in_notebook(use, code_indexes))
 
 
 def _with_warning(verdict: Verdict, warning: str) -> Verdict:

@@ -156,3 +156,75 @@ def test_the_right_variable_and_line(tmp_path: Path, name: str) -> None:
     assert case.line in lines
     assert case.summary in holder["summary"]
     assert explained(outcome) >= 0.9
+
+
+LOCALS = """\
+def build(count):
+    rows = []
+    for n in range(count):
+        rows.append(fetch(n))
+    return rows
+
+def fetch(n):
+    return bytearray(1 << 20)"""
+
+
+@pytest.mark.kills
+def test_a_trial_of_the_culprits_names_local_variables_and_callers(tmp_path: Path) -> None:
+    path = make_notebook(tmp_path / "nb.ipynb", "import json", LOCALS, "x = 1", "build(10**6)")
+    outcome = run_notebook(path, "--memory", "256M")
+    memory = outcome.verdict["memory"]
+    # The trial has two of the four cells; the verdict has the notebook's numbers.
+    assert [cell["code_index"] for cell in outcome.verdict["culprits"]["cells"]] == [1, 3]
+    rows, line = memory["holders"][0], memory["lines"][0]
+    assert rows["name"] == "rows in build()"
+    assert "bytearray" in rows["summary"]
+    assert (line["code_index"], line["line"], line["function"]) == (1, 8, "fetch")
+    assert line["callers"] == [
+        {"code_index": 1, "line": 4, "function": "build"},
+        {"code_index": 3, "line": 1, "function": "<module>"},
+    ]
+    assert explained(outcome) >= 0.9
+    assert "held by     rows in build()" in outcome.stdout
+
+
+def test_an_allocation_that_was_refused_names_what_held_the_memory(tmp_path: Path) -> None:
+    source = "def ask():\n    rows = [bytearray(1 << 20) for _ in range(40)]\n    return bytearray(1 << 60)"
+    path = make_notebook(tmp_path / "nb.ipynb", "data = bytearray(60 << 20)", source, "ask()")
+    outcome = run_notebook(path, "--memory", "400M", "--no-bisect")
+    assert outcome.verdict["cause"]["kind"] == "memory_error"
+    names = [row["name"] for row in outcome.verdict["memory"]["holders"]]
+    assert names[:2] == ["data", "ask() in the last traceback"]
+
+
+def test_a_run_that_passed_near_its_limit_names_what_held_the_memory(tmp_path: Path) -> None:
+    fill = "data = bytearray(1 << 20) * 200"
+    path = make_notebook(tmp_path / "nb.ipynb", fill, "del data", "x = 1")
+    outcome = run_notebook(path, "--memory", "245M")
+    assert outcome.verdict["status"] == "passed"
+    assert outcome.verdict["memory"]["holders"][0]["name"] == "data"
+
+
+HOSTILE = """\
+class Hostile(dict):
+    def call(self, *args):
+        open("called", "w").close()
+        raise SystemExit
+    __sizeof__ = __len__ = __iter__ = __repr__ = __getattribute__ = items = values = call
+    __eq__ = __bool__ = __class__ = property(call)
+
+trap = Hostile()
+dict.__setitem__(trap, 1, bytearray(60 << 20))"""
+
+
+def test_a_hostile_object_is_measured_and_not_called(tmp_path: Path) -> None:
+    path = make_notebook(
+        tmp_path / "nb.ipynb",
+        HOSTILE,
+        "rows = [bytearray(1 << 20) for _ in range(120)]",
+        "bytearray(1 << 60)",
+    )
+    outcome = run_notebook(path, "--memory", "400M", "--no-bisect")
+    memory = outcome.verdict["memory"]
+    assert [row["name"] for row in memory["holders"][:2]] == ["rows", "trap"]
+    assert not (tmp_path / "called").exists()

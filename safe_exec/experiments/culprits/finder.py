@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 from msgspec import Struct, field
 from msgspec.structs import replace
 
+from safe_exec.diagnosis.memory_use import is_explained
 from safe_exec.diagnosis.rules.engines import SETTING
 from safe_exec.experiments.culprits import reproduction
 from safe_exec.experiments.culprits.failure import MEMORY
 from safe_exec.experiments.culprits.minimizer import search
-from safe_exec.experiments.culprits.oracle import Oracle
+from safe_exec.experiments.culprits.oracle import ObservedTrial, Oracle
 from safe_exec.experiments.culprits.protocol import (
     Outcome,
     Problem,
@@ -76,6 +77,8 @@ class InvestigationResult(Struct, frozen=True, kw_only=True):
 
     culprits: Culprits
     reproduction: Any | None
+    # A trial of the culprits that was observed for its memory.
+    observed: ObservedTrial | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -119,6 +122,7 @@ class Investigation:
             )
         )
         result = await self.drive(search(problem), self.ask_cells)
+        observed = await self.observe(result)
         sources: Mapping[int, str] = {}
         if result.minimal and result.cells:
             sources = await self.reduce(result)
@@ -127,7 +131,10 @@ class Investigation:
             events.SearchFinished(time=self.elapsed(), cells=result.cells, minimal=result.minimal)
         )
         return InvestigationResult(
-            culprits=self.culprits(result), reproduction=document, warnings=self.warnings(result)
+            culprits=self.culprits(result),
+            reproduction=document,
+            observed=observed,
+            warnings=self.warnings(result),
         )
 
     def problem(self) -> Problem:
@@ -319,6 +326,17 @@ class Investigation:
         reply = reduction.judge(selection, answered.reply)
         self.report_trial(replace(query, cells=cells, best=cells), reply)
         return reply
+
+    async def observe(self, result: Result) -> ObservedTrial | None:
+        """Run the culprits once more if memory ran out and the first run left open what held it."""
+        cause, use = self.first_run.verdict.cause, self.first_run.verdict.memory
+        if use is not None and is_explained(use):
+            return None
+        signals = self.oracle.subject.request.cancellation.signals
+        budget = self.first_run.budget - (time.monotonic() - self.start_time)
+        if not result.cells or cause is None or cause.kind not in MEMORY or signals or budget <= 0:
+            return None
+        return await self.oracle.observe(self.document(result.cells, {}), budget)
 
     # --- the answer -------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ from safe_exec.experiments.rerun import (
 )
 from safe_exec.experiments.trial_cache import TrialCache
 from safe_exec.experiments.workspace import WorkspaceFactory
+from safe_exec.kernel.allocation_file import AllocationFile
 from safe_exec.model.ending import Cancelled, TimedOut
 from safe_exec.model.limits import LimitName, Limits
 from safe_exec.model.verdict import Cause, CauseKind
@@ -101,6 +102,13 @@ class CachedAnswer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     exact_line: bool
 
 
+class ObservedTrial(Struct, frozen=True, kw_only=True):
+    """A trial that was observed for its memory, and its request."""
+
+    result: TrialResult
+    request: TrialRequest
+
+
 class _Started(Struct, frozen=True, kw_only=True):
     """A trial whose kernel is starting, and the request that created its sandbox."""
 
@@ -147,6 +155,27 @@ class Oracle:
         if keep and self.cache is not None:
             self.cache.put(key, _to_cache(answered))
         return answered
+
+    async def observe(self, node: Any, time_budget: float) -> ObservedTrial | None:
+        """Run a notebook once more with a thorough census of the memory, and recorded allocations.
+
+        ``None`` if it cannot be run. It answers no query: recording takes time and memory.
+        """
+        try:
+            template = isolated_request(self.subject.request, self.workspaces, node=node)
+            timeout = template.limits.timeout
+            budget = time_budget if timeout is None else min(timeout, time_budget)
+            # The reader of the record is native code, and runs outside of the walls.
+            records = not template.plan.walls
+            scratch = self.workspaces.snapshot.scratch
+            with AllocationFile(scratch, records=records) as allocations:
+                limits = replace(template.limits, timeout=budget)
+                request = replace(template, allocations=allocations, limits=limits)
+                result = await Trial(request).run()
+        except (OSError, RerunFailed):
+            # No space for the file or the folder. The culprits are known all the same.
+            return None
+        return ObservedTrial(result=result, request=template)
 
     # --- one trial --------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ MOST_LINES = 2
 LEAST_SHARE = 0.05
 LEAST_REST = 0.1
 NO_NAME = "(no name yet)"
+OTHER_PROCESSES = "(other processes)"
 NATIVE = "not held by Python objects"
 REST = "not attributed"
 
@@ -48,7 +49,9 @@ def holder_line(holder: Holder, *, exact: bool = True) -> str:
 
 def holder_name(holder: Holder) -> str:
     """Return the name of a holder."""
-    return common.one_line(holder.name) if holder.name is not None else NO_NAME
+    if holder.name is not None:
+        return common.one_line(holder.name)
+    return NO_NAME if holder.type is None else OTHER_PROCESSES
 
 
 def holder_detail(holder: Holder, *, exact: bool = True) -> str:
@@ -76,7 +79,7 @@ def allocation_lines(verdict: Verdict, most: int = MOST_LINES) -> list[str]:
     if memory is None:
         return []
     least = (memory.peak_bytes or 0) * LEAST_REST
-    rows = [row for row in by_line(memory.lines) if row[1] >= least]
+    rows = [row for row in by_line(memory) if row[1] >= least]
     return [allocation_line(line, size, callers) for line, size, callers in rows[:most]]
 
 
@@ -103,20 +106,21 @@ def site_name(code_index: int, line: int, function: str) -> str:
     return place if own_code else f"{place}, in `{common.one_line(function)}`"
 
 
-def by_line(
-    lines: Iterable[AllocationLine],
-) -> list[tuple[AllocationLine, int, tuple[CallSite, ...]]]:
+def by_line(memory: MemoryUse) -> list[tuple[AllocationLine, int, tuple[CallSite, ...]]]:
     """Return the lines of cells with the sum over all their callers, the largest first."""
+    # What was allocated and not yet written to is no memory yet: the peak bounds it.
+    peak = memory.peak_bytes
     groups: dict[tuple[int, int], list[AllocationLine]] = {}
-    for line in lines:
+    for line in memory.lines:
         groups.setdefault((line.code_index, line.line), []).append(line)
     rows = [
         (
             group[0],
-            sum(line.bytes for line in group),
+            min(size, peak) if peak else size,
             tuple(caller for line in group for caller in line.callers),
         )
         for group in groups.values()
+        for size in (sum(line.bytes for line in group),)
     ]
     return sorted(rows, key=lambda row: -row[1])
 

@@ -95,8 +95,29 @@ def test_memory_of_other_processes_is_not_the_kernels() -> None:
     given_context = context(START, FIRST)
     evidence = replace(given_context.evidence, memory_children=330 * MIB)
     memory = used(replace(given_context, evidence=evidence))
-    assert [holder.name for holder in memory.holders] == ["cache", None]
-    assert memory.holders[1].bytes == 10 * MIB
+    assert [(holder.name, holder.type, holder.bytes) for holder in memory.holders] == [
+        (None, "process", 330 * MIB),
+        ("cache", "dict", 100 * MIB),
+        (None, None, 10 * MIB),
+    ]
+
+
+def test_a_kernel_that_was_small_leaves_the_memory_to_other_processes() -> None:
+    given_context = context(START)
+    evidence = replace(given_context.evidence, memory_kernel=70 * MIB)
+    memory = used(replace(given_context, evidence=evidence))
+    assert [(holder.type, holder.bytes) for holder in memory.holders] == [
+        ("process", 430 * MIB),
+        (None, 10 * MIB),
+    ]
+
+
+def test_a_run_that_passed_is_described_at_its_highest_census() -> None:
+    given_context = replace(
+        context(START, SECOND, census(3, 70 * MIB), peak=470 * MIB), current=None
+    )
+    memory = used(given_context, None)
+    assert [(holder.name, holder.bytes) for holder in memory.holders] == [("cache", 300 * MIB)]
 
 
 @pytest.mark.parametrize("cause", [SEGFAULT, None])

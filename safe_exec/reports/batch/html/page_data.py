@@ -318,9 +318,9 @@ def _memory_use(verdict: Verdict) -> dict[str, Any] | None:
                 "text": common.SEPARATOR.join(
                     part for part in (_size(size), memory.caller_names(line, callers)) if part
                 ),
-                "share": round(min(size / peak, 1.0), 4),
+                "share": round(size / peak, 4),
             }
-            for line, size, callers in memory.by_line(use.lines)[:MOST_HOLDERS]
+            for line, size, callers in memory.by_line(use)[:MOST_HOLDERS]
         ],
     }
 
