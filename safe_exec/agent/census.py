@@ -36,6 +36,8 @@ MOST_HOLDERS = 20
 LEAST_HOLDER_BYTES = 256 << 10
 LONGEST_NAME = 100
 MOST_NAMES = 5000
+# A shorter statement is not charged apart from the next one.
+LEAST_STATEMENT_SECONDS = 0.002
 NEW_NAMES = 200
 # Since Python 3.13 a frame's variables can be read without a copy that keeps them alive.
 SAFE_LOCALS = sys.version_info >= (3, 13)
@@ -65,6 +67,7 @@ class Census:
         self.lock = _thread.allocate_lock()
         self.credit = FIRST_SECONDS
         self.started = None
+        self.charged_at = 0.0
         # At the last census, and at the last one between two cells.
         self.last_bytes = None
         self.settled_bytes = None
@@ -110,7 +113,7 @@ class Census:
 
     def begin_cell(self):
         """Record when a cell began."""
-        self.started = self.clock()
+        self.started = self.charged_at = self.clock()
 
     def set_threshold(self):
         """Choose the memory at which the sampling thread takes the next census."""
@@ -132,10 +135,12 @@ class Census:
         """Take a census after a cell if the memory changed."""
         if self.started is None:
             return
+        seconds = self.clock() - self.started
         self.earn()
         self.started = None
         self.note_names()
-        current = self.own_bytes()
+        # A cell that took no time allocated little: the next longer one finds it.
+        current = self.own_bytes() if seconds > LEAST_STATEMENT_SECONDS else None
         if current is None or self.settled_bytes is None:
             return
         with self.lock:
@@ -148,11 +153,16 @@ class Census:
 
     def begin_statement(self, line):
         """Charge the memory that the statement before allocated."""
+        growth, moment = self.growth, self.clock()
+        # What allocates much takes its time; a cell may have thousands of short statements.
+        current = None
+        if moment - self.charged_at > LEAST_STATEMENT_SECONDS:
+            self.charged_at = moment
+            current = self.own_bytes()
         # Without waiting: the sampling thread charges at the same moment.
-        if self.namespace is not None and self.lock.acquire(False):
+        if self.lock.acquire(False):
             try:
-                row = ("<module>", line, self.inside.page.cell)
-                self.growth.at_statement(self.own_bytes(), row)
+                growth.at_statement(current, ("<module>", line, self.inside.page.cell))
             finally:
                 self.lock.release()
 
