@@ -86,6 +86,7 @@ CASES = {
         name="Out[1]",
         summary="ndarray 16,000,000 float64",
         line=(0, 2),
+        memory="260M",
     ),
     "lru-cache": Case(
         sources=(
@@ -119,6 +120,7 @@ CASES = {
         name="data",
         summary="ndarray",
         line=(2, 1),
+        memory="260M",
     ),
     "generator": Case(
         sources=(
