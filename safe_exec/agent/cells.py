@@ -200,6 +200,6 @@ def begin(inside, kernel, code):
     inside.actions.begin_cell()
     if page.cell == 1:
         inside.before_cells()
-        inside.shell = kernel.shell
+        inside.shell = getattr(kernel, "shell", None)
         inside.census.begin_cells()
     inside.census.begin_cell()

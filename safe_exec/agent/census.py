@@ -91,6 +91,14 @@ class Census:
 
     def begin_cells(self):
         """Record the state before the first cell."""
+        try:
+            self.look_before_cells()
+        except Exception:
+            # A shell of another kind. The notebook runs all the same.
+            self.turn_off()
+
+    def look_before_cells(self):
+        """Take the first census: the memory before any cell ran."""
         record_allocations(self.inside)
         self.namespace = self.inside.shell.user_ns
         self.bindings = dict.fromkeys(self.namespace, 0)
@@ -131,10 +139,22 @@ class Census:
             self.credit += (moment - self.started) * SHARE_OF_TIME
             self.started = moment
 
+    def turn_off(self):
+        """Take no more censuses."""
+        self.namespace = self.statm = self.started = None
+
     def end_cell(self):
         """Take a census after a cell if the memory changed."""
-        if self.started is None:
-            return
+        if self.started is not None:
+            try:
+                self.look_after_cell()
+            except BaseException:
+                # An interrupt that comes too late for the cell, or no memory. The cell's reply must
+                # not be lost for it.
+                self.turn_off()
+
+    def look_after_cell(self):
+        """Take a census if the memory changed and the cell took long enough to change it."""
         seconds = self.clock() - self.started
         self.earn()
         self.started = None
@@ -192,7 +212,7 @@ class Census:
             return
         try:
             for number, name in enumerate(reversed(self.namespace)):
-                if name in bindings or number >= NEW_NAMES:
+                if type(name) is not str or name in bindings or number >= NEW_NAMES:
                     break
                 bindings[name] = cell
             for number in reversed(self.namespace.get("_oh", {})):
