@@ -159,6 +159,9 @@ def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict
         isolation=run.isolation,
         enforcement=plan.enforcement,
         timeline=metrics.timeline(),
+        profile=metrics.profile.lines(
+            {index: record.code_index for index, record in metrics.records.items()}
+        ),
         usage=Usage(
             wall_seconds=metrics.wall_seconds,
             cpu_seconds=evidence.cpu_seconds,

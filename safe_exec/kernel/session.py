@@ -292,6 +292,11 @@ class KernelSession:
         self.native = native_stack.NativeReading(error=native_stack.TOO_SLOW)
         self._native_task = asyncio.get_running_loop().create_task(self._read_native(dying))
 
+    @property
+    def is_dying(self) -> bool:
+        """Whether a fatal fault was reported, at which the process may be held."""
+        return self._native_task is not None
+
     async def _read_native(self, dying: Dying) -> None:
         assert self.sandbox is not None and self.pid is not None
         try:

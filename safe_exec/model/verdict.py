@@ -265,6 +265,19 @@ class Timeline(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     cell: Annotated[tuple[Annotated[int, Meta(ge=-1)], ...], Meta(max_length=MOST_SAMPLES)] = ()
 
 
+class ProfileLine(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The time that a line of a code cell took, estimated from samples.
+
+    ``own_seconds`` were spent in the line itself, ``seconds`` also in functions that it called, as
+    far as these were defined in cells.
+    """
+
+    code_index: Count
+    line: Line
+    seconds: Amount
+    own_seconds: Amount
+
+
 class Usage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The resources that the whole run used."""
 
@@ -387,6 +400,8 @@ class Verdict(
     # There are more files than are listed.
     more_files: bool = False
     timeline: Timeline
+    # Where the time went, the longest first.
+    profile: tuple[ProfileLine, ...] = ()
     usage: Usage
     stderr_tail: str = ""
     environment: Environment

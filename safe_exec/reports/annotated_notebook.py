@@ -28,7 +28,7 @@ from safe_exec.model.verdict import (
 from safe_exec.notebook.notebook import BANNER_ROLE, BANNER_TAG, METADATA_KEY, OUR_ERROR_PREFIX
 from safe_exec.notebook.validate import complete_metadata
 from safe_exec.reports.json_text import plain
-from safe_exec.reports.text import common, culprits, memory, native
+from safe_exec.reports.text import common, culprits, memory, native, profile
 from safe_exec.reports.text.markdown import code_span, fenced, inert
 
 if TYPE_CHECKING:
@@ -334,6 +334,8 @@ def _location(crash: CrashCell, verdict: Verdict) -> Iterator[str]:
                 else f"{code_span(common.one_line(frame.function))}, "
             )
             yield _quoted(f"in {function}{_linked(record)}, line {frame.line}", frame.source_line)
+    if time := profile.summary(verdict):
+        yield f"**Time:** {inert(time)}"
     if native_function := native.summary(verdict):
         yield f"**Native:** {code_span(native_function)}"
 

@@ -14,7 +14,7 @@ from typing import TextIO
 from msgspec import Struct
 
 from safe_exec.model.verdict import Status, Verdict
-from safe_exec.reports.text import common, culprits, memory, native
+from safe_exec.reports.text import common, culprits, memory, native, profile
 
 # The width of log files and CI consoles, which have no width of their own.
 _PLAIN_WIDTH = 110
@@ -117,6 +117,7 @@ def diagnosis(verdict: Verdict, style: Style) -> Iterator[str]:
     yield from _differences(verdict, style)
     if verdict.cause is not None and not common.headline_has_summary(verdict):
         yield from _entry("why", [verdict.cause.summary], style)
+    yield from _entry("time", [profile.summary(verdict)], style)
     yield from _entry("native", [native.summary(verdict)], style)
     yield from _entry("locals", native.locals_lines(verdict, _MOST_FRAMES), style)
     yield from _entry("evidence", common.evidence_lines(verdict, _MOST_FACTS), style)

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from safe_exec.model.verdict import CellRecord, CellStatus, Timeline
 from safe_exec.sandbox.usage.meter import Counters, Reading
+from safe_exec.trial.profile import TimeProfile
 
 # More points than a chart has pixels would only make the verdict larger.
 TIMELINE_POINTS = 500
@@ -34,6 +35,7 @@ class MetricsRecorder:
         self.records = records
         self.started = started
         self.samples: list[_Sample] = []
+        self.profile = TimeProfile()
         self.counters = Counters()
         self.last_run: int | None = None
         self.cell_of_first_oom: int | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+from safe_exec.kernel.session import KernelSession
 from safe_exec.model import events
 from safe_exec.model.ending import TerminationReason
 from safe_exec.model.limits import LimitName
@@ -22,6 +23,28 @@ PEERS_EVERY = 3
 NEAR = 0.9
 # A cell that writes so many times its cap is an endless flood: the run is ended.
 FLOOD_FACTOR = 16
+
+
+def sampled_places(session: KernelSession, number: int) -> list[tuple[int, int]]:
+    """Return the lines of cells on the stack of the main thread, innermost first.
+
+    ``number`` is the agent's number of the running cell. Without a sample since its last statement
+    began it is the line of that statement.
+    """
+    page = session.page
+    if page is None or not number:
+        return []
+    note, sample = page.note(), page.sample()
+    if note.cell != number or note.finished:
+        return []
+    if sample.cell == number and sample.line and sample.time >= note.time:
+        cell, rows, _ = page.stack()
+        frames = session.agent_facts.frames(rows) if cell == number else ()
+        places = [(f.cell, f.line) for f in frames if f.cell is not None and f.line is not None]
+        if places:
+            return places
+    index = session.agent_facts.index_of(number)
+    return [(index, note.line)] if index is not None and note.line else []
 
 
 class Sampler:
@@ -64,6 +87,7 @@ class Sampler:
         assert state.session.meter is not None
         reading = state.session.meter.read()
         state.metrics.sample(state.now(), reading, state.current)
+        self._profile()
         if state.session.volumes is not None:
             state.session.volumes.measure(own=True)
         for index, size in self._output.items():
@@ -82,6 +106,15 @@ class Sampler:
         self._warn_near(LimitName.MEMORY, reading.memory, limits.memory)
         state.check_cpu_time(reading.cpu_seconds)
         self._check_for_flood()
+
+    def _profile(self) -> None:
+        """Count the time since the last sample for the lines that the agent saw last."""
+        state = self.state
+        record = state.metrics.records.get(state.current) if state.current is not None else None
+        # A process that is held at its fault runs no code.
+        if record is not None and record.started is not None and not state.session.is_dying:
+            places = sampled_places(state.session, state.number_now())
+            state.metrics.profile.add(state.now(), record.started, places)
 
     def _warn_near(self, name: LimitName, used: float | None, allowed: float | None) -> None:
         state = self.state

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from safe_exec.model.verdict import Status, Verdict
 from safe_exec.reports.batch.results import NOT_RUN, REFUSED, UNCHANGED, BatchResult, NotebookResult
-from safe_exec.reports.text import common, culprits, memory, native
+from safe_exec.reports.text import common, culprits, memory, native, profile
 from safe_exec.reports.verdict_json import from_document
 from safe_exec.units import format_seconds
 
@@ -141,6 +141,8 @@ def lines(report: NotebookReport, batch: BatchResult) -> Iterator[str]:
     if verdict.cause is not None:
         if not common.headline_has_summary(verdict):
             yield f"why: {common.one_line(verdict.cause.summary)}"
+        if time := profile.summary(verdict):
+            yield f"time: {time}"
         if function := native.summary(verdict):
             yield f"native: {function}"
         for title, difference in common.difference_blocks(verdict, MOST_DIFFERENCES):

@@ -260,7 +260,7 @@
     if (detail.flaky) add(el("p", { class: "flaky" }, detail.flaky));
     const left = el("div", { class: "column wide" });
     const right = el("div", { class: "column" });
-    if (detail.crash) left.append(part(`Code cell ${detail.crash.n}`, detail.crash.moment, codeBlock(detail.crash.source)));
+    if (detail.crash) left.append(part(`Code cell ${detail.crash.n}`, detail.crash.moment, codeBlock(detail.crash.source, detail.crash.times)));
     if (detail.memory_use) left.append(...drawMemoryUse(detail.memory_use));
     if (detail.native || detail.native_gap) left.append(drawNative(detail));
     if (detail.culprits) left.append(drawCulprits(detail.culprits));
@@ -284,12 +284,12 @@
 
   const part = (title, note, ...children) => el("div", { class: "part" }, el("h3", null, title, note ? el("span", { class: "note" }, note) : null), ...children);
 
-  const codeBlock = (source) => {
+  const codeBlock = (source, times = {}) => {
     if (!source) return el("p", { class: "note" }, "Its source is not known any more.");
     const lines = source.lines.map((words, n) => {
       const number = source.first === null ? "" : source.first + n;
       const marked = source.marked !== null && number === source.marked;
-      return el("span", { class: marked ? "codeline marked" : "codeline" }, el("span", { class: "lineno", "aria-hidden": "true" }, number), el("span", { class: "words" }, marked ? el("span", { class: "hidden" }, `line ${number}: `) : null, words || " "), "\n");
+      return el("span", { class: marked ? "codeline marked" : "codeline" }, el("span", { class: "lineno", "aria-hidden": "true" }, number), el("span", { class: "words" }, marked ? el("span", { class: "hidden" }, `line ${number}: `) : null, words || " "), times[number] ? el("span", { class: "cost", title: "time in this line and in what it called" }, times[number]) : null, "\n");
     });
     const said = source.alone ? "Only this line is known: the notebook is not the one that was run any more, or too large." : source.cut ? `${counted(source.cut, "more line")} not shown.` : "";
     return el("div", { class: "code" }, el("pre", { tabindex: "0", "aria-label": "source" }, el("code", null, ...lines)), said ? el("p", { class: "note" }, said) : null);

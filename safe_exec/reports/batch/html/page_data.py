@@ -19,7 +19,7 @@ from safe_exec.reports.batch import text as batch_text
 from safe_exec.reports.batch.results import BatchResult
 from safe_exec.reports.batch.source_map import Placed, placed, read_as_run
 from safe_exec.reports.batch.text import NotebookReport, Outcome
-from safe_exec.reports.text import common, culprits, memory, native
+from safe_exec.reports.text import common, culprits, memory, native, profile
 from safe_exec.units import format_seconds, format_size
 
 MOST_LINES = 300
@@ -270,6 +270,8 @@ def _crash(crash: CrashCell, verdict: Verdict, source: Placed | None) -> dict[st
     return {
         "n": crash.code_index + 1,
         "moment": common.moment(verdict),
+        # The time of each line, by its number.
+        "times": profile.line_times(verdict, crash.code_index),
         "source": code(
             source.source if source is not None else None, crash.source_line, crash.line, MOST_LINES
         ),
