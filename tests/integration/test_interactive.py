@@ -342,6 +342,30 @@ def test_a_kernel_on_tcp_without_network(
     asyncio.run(main())
 
 
+COMM = """
+from comm import get_comm_manager
+def opened(comm, _message):
+    comm.on_msg(lambda message: comm.send({"echo": message["content"]["data"]}))
+get_comm_manager().register_target("echo", opened)
+"""
+
+
+def test_comms_in_both_directions(tmp_path: Path, mark: str) -> None:
+    async def main() -> None:
+        async with kernel(tmp_path) as k:
+            await k.run(COMM)
+            for kind, content in (
+                ("comm_open", {"comm_id": "c", "target_name": "echo", "data": {}}),
+                ("comm_msg", {"comm_id": "c", "data": {"value": 6}}),
+            ):
+                k.client.shell_channel.send(k.client.session.msg(kind, content))
+            while (message := await k.client.get_iopub_msg(timeout=30))["msg_type"] != "comm_msg":
+                pass
+            assert message["content"]["data"] == {"echo": {"value": 6}}
+
+    asyncio.run(main())
+
+
 def test_output_is_cut_at_its_cap(tmp_path: Path, mark: str) -> None:
     async def main() -> None:
         async with kernel(tmp_path, "--cell-output", "100K") as k:
