@@ -360,15 +360,17 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
             self._finish_without_verdict(waiting, REFUSED, REFUSED_CODE, reason)
             return
         flight = Flight(waiting)
-        others = placement.elsewhere(flight.losses, waiting.needs, workers)
+        # After a loss on another machine, if there is one. Only workers that are known here: others
+        # may still announce the resources that an earlier batch gave them.
+        chosen = placement.elsewhere(flight.losses, waiting.needs, workers)
+        chosen = chosen or placement.elsewhere((), waiting.needs, workers)
         flight.future = self.client.submit(
             run_notebook,
             self._request(flight),
             key=flight.name,
             pure=False,
             resources=placement.resources(waiting.needs, workers),
-            # After a loss on another machine, if there is one.
-            workers=others if flight.losses and others else None,
+            workers=chosen,
             retries=0,
         )
         self.flights[flight.name] = flight
@@ -518,7 +520,10 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
         if flight is None or flight.settled or flight.withdrawn or self.stopped:
             return Grant(allowed=False)
         worker = self.workers.get(address)
-        machine = worker.machine if worker is not None else address
+        if worker is None:
+            # It left meanwhile, or it is not known yet: the notebook is placed once more.
+            return Grant(allowed=False)
+        machine = worker.machine
         # dask repeats a task only after it lost the worker that ran it.
         if flight.machine is not None:
             self._count_loss(flight)
