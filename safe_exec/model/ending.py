@@ -131,6 +131,8 @@ class TimedOut(Struct, frozen=True, kw_only=True):
     answered: bool | None = None
     # The exception that the cell raised at the interrupt.
     error: CellError | None = None
+    # In a trial: the cell showed the picture of a known hang, and was ended before its time was up.
+    recognised: bool = False
 
 
 class LimitHit(Struct, frozen=True, kw_only=True):

@@ -249,6 +249,10 @@ class Culprits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     reproduced: tuple[Count, Count]
     # The wall time of the search.
     seconds: Amount
+    # The trials whose hang was recognised before the cell's time was up.
+    recognised: Count = 0
+    # How often a run from scratch contradicted an answer that was found in a quicker way.
+    disagreements: Count = 0
     # The endings of those runs: passed, or the kind of the cause.
     endings: Mapping[str, Count] = field(default_factory=dict)
     # The path of the reproduction, if one was written.

@@ -31,11 +31,17 @@ from safe_exec.trial.state import TrialState
 
 if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
+    from safe_exec.trial.request import HangRecognition
 
 # The reading at the end of a cell also serves as the one at the start of the next.
 FRESH_SECONDS = 0.005
 # How often a kernel that ignored an interrupt is looked at again.
 DEAF_SECONDS = 0.05
+# When a cell that may hang in a known way is first looked at, and how long after each look again.
+FIRST_LOOK_SECONDS = 0.3
+LOOK_SECONDS = 0.5
+# The pause after a look that showed something else, as a share of the cell's time so far.
+LOOK_SHARE = 0.1
 
 
 # The texts of `SystemExit` for `sys.exit()`, `sys.exit(0)` and `sys.exit(None)`.
@@ -112,20 +118,74 @@ class CellLoop:
         execution = asyncio.create_task(
             client.async_execute_cell(cell, index, execution_count=client.code_cells_executed + 1)
         )
-        await self._until_done(execution, limits)
+        recognised = await self._until_done(execution, index, limits)
         if not execution.done():
-            await self._over_time(execution, index, limits)
+            await self._over_time(execution, index, limits, recognised=recognised)
         await self._judge(execution, index)
 
-    async def _until_done(self, execution: asyncio.Task[Any], limits: Limits) -> None:
-        stop = asyncio.create_task(self.state.stopping.wait())
-        await asyncio.wait(
-            {execution, stop}, timeout=self._time_left(limits), return_when=asyncio.FIRST_COMPLETED
+    async def _until_done(self, execution: asyncio.Task[Any], index: int, limits: Limits) -> bool:
+        """Wait for the cell's end or its time limit; tell whether a known hang was recognised."""
+        time_left = self._time_left(limits)
+        hang = self.request.hang
+        recognised = (
+            await self._recognise(hang, execution, index, time_left)
+            if hang is not None and hang.cell == index
+            else False
         )
-        stop.cancel()
+        if not recognised and not execution.done():
+            await self._wait(execution, self._seconds_left(time_left, index))
         if self.state.stopping.is_set() and not execution.done():
             await self.session.wait_dead(10.0)
             await asyncio.wait({execution}, timeout=5.0)
+        return recognised and not execution.done()
+
+    async def _wait(self, execution: asyncio.Task[Any], seconds: float | None) -> None:
+        """Wait for the end of the cell or of the run, but no longer than that."""
+        stop = asyncio.create_task(self.state.stopping.wait())
+        await asyncio.wait({execution, stop}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+
+    def _seconds_left(self, time_left: float | None, index: int) -> float | None:
+        """Return the seconds that remain of those that a cell had when it began."""
+        began = self.metrics.records[index].started
+        if time_left is None or began is None:
+            return time_left
+        return max(0.0, time_left - (self.state.now() - began))
+
+    async def _recognise(
+        self,
+        hang: HangRecognition,
+        execution: asyncio.Task[Any],
+        index: int,
+        time_left: float | None,
+    ) -> bool:
+        """Look at the cell now and then; tell whether it shows the known hang for long enough."""
+        since: float | None = None
+        began = time.monotonic()
+        pause = FIRST_LOOK_SECONDS
+        while True:
+            # A cell that starts to hang late is looked at more and more rarely.
+            await self._wait(execution, pause)
+            seconds_left = self._seconds_left(time_left, index)
+            ended = execution.done() or self.state.stopping.is_set()
+            if (
+                ended
+                or self.session.kill_reason is not None
+                or (seconds_left is not None and seconds_left <= pause)
+            ):
+                return False
+            start_time = time.monotonic()
+            await self._observe_activity(index)
+            observation = self.state.observation
+            if observation is None or not hang.is_known(observation, self.request.node):
+                since = None
+                pause = max(LOOK_SECONDS, (start_time - began) * LOOK_SHARE)
+            else:
+                since = start_time if since is None else since
+                pause = LOOK_SECONDS
+                if time.monotonic() - since >= hang.seconds:
+                    return not execution.done()
+            self.state.forget_observation()
 
     def _time_left(self, limits: Limits) -> float | None:
         """Return the seconds until the first of the two time limits."""
@@ -134,7 +194,9 @@ class CellLoop:
             remaining.append(max(0.0, self.request.limits.timeout - self.state.now()))
         return min(remaining) if remaining else None
 
-    async def _over_time(self, execution: asyncio.Task[Any], index: int, limits: Limits) -> None:
+    async def _over_time(
+        self, execution: asyncio.Task[Any], index: int, limits: Limits, *, recognised: bool
+    ) -> None:
         """Observe, interrupt, wait for the grace time, then kill the kernel.
 
         Raises Stop unless the run is ending for another reason.
@@ -152,9 +214,12 @@ class CellLoop:
         allowed = self.request.limits.timeout if whole_notebook else limits.cell_timeout
         name = LimitName.TIMEOUT if whole_notebook else LimitName.CELL_TIMEOUT
         self.state.limit_reached(name, self.state.now() if whole_notebook else allowed)
-        # The interrupt would change the state that is to be observed.
-        await self._observe_activity(index)
-        answered = await self._interrupt(execution, index, limits.interrupt_grace)
+        answered = None
+        # A hang that was recognised has just been observed.
+        if not recognised:
+            # The interrupt would change the state that is to be observed.
+            await self._observe_activity(index)
+            answered = await self._interrupt(execution, index, limits.interrupt_grace)
         if self.state.signals:
             return
         self.state.kill(
@@ -172,6 +237,7 @@ class CellLoop:
                 allowed=allowed or 0.0,
                 answered=answered,
                 error=error,
+                recognised=recognised,
             )
         )
 

@@ -13,7 +13,7 @@ from msgspec import Struct, field
 from safe_exec.keeper.protocol import KeptFile
 from safe_exec.model import events
 from safe_exec.model.ending import Ending
-from safe_exec.model.evidence import CellLocation, Evidence
+from safe_exec.model.evidence import ActivityObservation, CellLocation, Evidence
 from safe_exec.model.limits import Limits
 from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.plan import SpawnPlan
@@ -47,6 +47,18 @@ class Cancellation:
             listener()
 
 
+class HangRecognition(Struct, frozen=True, kw_only=True):
+    """Ends a cell that hangs as it is known to, before its time is up.
+
+    ``is_known`` tells whether an observation of the running cell shows the known hang. It has to do
+    so for ``seconds`` without a break.
+    """
+
+    cell: int
+    is_known: Callable[[ActivityObservation, Any], bool]
+    seconds: float
+
+
 class TrialRequest(Struct, frozen=True, kw_only=True):
     """The cells to run, and how.
 
@@ -56,7 +68,7 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
     shut down, since nobody needs the effects of its exit hooks. ``with_locals``: the native stack of
     a crash shows local variables. ``early`` is a kernel that was
     started in advance. ``on_message`` is called with each message that changed a cell (the cell's
-    index, and the message as it is stored); it must not raise.
+    index, and the message as it is stored); it must not raise. ``hang`` is a hang to recognise.
     """
 
     run_id: str
@@ -94,6 +106,7 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
     hasty: bool = False
     # Show local variables in the native stack of a crash.
     with_locals: bool = False
+    hang: HangRecognition | None = None
     # The kernel that was started in advance.
     early: PrestartedKernel | None = None
     # Called with each message that changed a cell. It must not raise.

@@ -115,6 +115,11 @@ class TrialState:
                 "killed"
             )
 
+    def forget_observation(self) -> None:
+        """Drop what was observed of a cell that goes on."""
+        self.observation = self.observed_at = self.printed = None
+        self.tasks_at_timeout = self.oom_kills_in_time = self.cell_active = None
+
     def warn_once(self, message: str) -> None:
         """Add a warning unless it is already there."""
         if message not in self.warnings:

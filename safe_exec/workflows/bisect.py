@@ -257,6 +257,7 @@ def budget_of(requested_seconds: float | None, verdict: Verdict) -> float:
 
 def _subject(prepared: PreparedJob, verdict: Verdict, request: TrialRequest) -> Any:
     from safe_exec.experiments.culprits.failure import Failure
+    from safe_exec.experiments.culprits.hang import HangPicture
     from safe_exec.experiments.culprits.oracle import Subject
 
     assert verdict.cause is not None and verdict.crash_cell is not None
@@ -274,6 +275,7 @@ def _subject(prepared: PreparedJob, verdict: Verdict, request: TrialRequest) -> 
             "platform": verdict.environment.platform,
         },
         cause_of=lambda result, trial_request: cause_of_trial(result, trial_request, verdict),
+        hang=HangPicture.of_verdict(verdict, prepared.fresh_node()),
     )
 
 

@@ -246,6 +246,39 @@ def test_a_large_crash_cell_is_made_smaller_in_the_reproduction(place: Place) ->
 
 
 @pytest.mark.kills
+def test_a_hang_is_recognised_before_its_time_is_up(place: Place) -> None:
+    path = place.notebook("import time", "a = 1", "forever = 1000", "time.sleep(forever)")
+    verdict = place.run(path, "--cell-timeout", "8").verdict
+    search = verdict["culprits"]
+    assert code_cells(verdict) == [0, 2, 3]
+    assert search["minimal"]
+    assert search["reproduced"] == [2, 2]
+    assert search["endings"] == {"cell_timeout": 2}
+    assert search["recognised"] >= 1
+    assert search["disagreements"] == 0
+
+
+@pytest.mark.kills
+def test_the_budget_may_leave_out_the_run_up_to_the_timeout(place: Place) -> None:
+    path = place.notebook("import time", "a = 1", "time.sleep(1000)")
+    verdict = place.run(path, "--cell-timeout", "16", "--bisect-budget", "10").verdict
+    assert code_cells(verdict) == [0, 2]
+    assert verdict["culprits"]["reproduced"] == [1, 1]
+    assert verdict["culprits"]["recognised"] == 1
+    assert warned(verdict, "no run up to the timeout confirmed it")
+
+
+@pytest.mark.kills
+def test_a_run_to_the_end_contradicts_a_slow_cell_that_looks_like_the_hang(place: Place) -> None:
+    crash = "import builtins, time\ntime.sleep(getattr(builtins, 'pause', 3.5))"
+    path = place.notebook("import builtins\nbuiltins.pause = 1000", "a = 1", crash)
+    verdict = place.run(path, "--cell-timeout", "5").verdict
+    assert code_cells(verdict) == [0, 2]
+    assert verdict["culprits"]["disagreements"] == 1
+    assert verdict["culprits"]["minimal"]
+
+
+@pytest.mark.kills
 @pytest.mark.bed("bash")
 def test_a_notebook_in_another_language(place: Place) -> None:
     path = place.notebook(

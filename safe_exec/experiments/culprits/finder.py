@@ -122,6 +122,9 @@ class Investigation:
             )
         )
         result = await self.drive(search(problem), self.ask_cells)
+        if self.oracle.disagreements:
+            # Runs to the end decide: search again, with nothing but them.
+            result = await self.drive(search(self.problem()), self.ask_cells)
         observed = await self.observe(result)
         sources: Mapping[int, str] = {}
         if result.minimal and result.cells:
@@ -147,6 +150,7 @@ class Investigation:
         )
         side_effect_risks = self.dependencies.side_effect_risks()
         resource_use, limit = self.resource_use()
+        seconds, fresh_seconds = self.seconds_of_cells()
         frame_names = self.names_in_frames()
 
         def stops_at(cells: frozenset[int]) -> int | None:
@@ -178,14 +182,24 @@ class Investigation:
             },
             resource_use=resource_use,
             limit=limit,
-            seconds={index: self.records[index].seconds or 0.0 for index in self.order},
+            seconds=seconds,
+            fresh_seconds=fresh_seconds,
             start_seconds=min(
                 (r.started for r in self.records.values() if r.started is not None), default=0.0
             ),
             erratic=self.first_run.verdict.cause is not None
             and self.first_run.verdict.cause.kind in ERRATIC,
-            budget=self.first_run.budget,
+            budget=self.first_run.budget - (time.monotonic() - self.start_time),
         )
+
+    def seconds_of_cells(self) -> tuple[dict[int, float], float]:
+        """Return the seconds that each cell takes in a trial, and those that a fresh run adds."""
+        seconds = {index: self.records[index].seconds or 0.0 for index in self.order}
+        recognition = self.oracle.recognition_seconds()
+        full = seconds[self.crash.index]
+        if recognition is None or recognition >= full:
+            return seconds, 0.0
+        return seconds | {self.crash.index: recognition}, full - recognition
 
     def names_in_frames(self) -> dict[int, frozenset[str]]:
         """Return, by position, the names that the crash's stack frames had read at their lines.
@@ -235,10 +249,12 @@ class Investigation:
         ask_oracle: Callable[[Query], Awaitable[Reply]],
     ) -> _Result:
         """Answer the search's queries until it returns; Ctrl-C keeps the best result so far."""
+        disagreements = self.oracle.disagreements
 
         def cancellation() -> SearchCancelled | None:
             signals = self.oracle.subject.request.cancellation.signals
-            return SearchCancelled() if signals else None
+            contradicted = self.oracle.disagreements > disagreements
+            return SearchCancelled() if signals or contradicted else None
 
         return await drive(searching, ask_oracle, cancellation=cancellation)
 
@@ -385,6 +401,8 @@ class Investigation:
             look_first=look_first(culprit_set, cells, self.growth(memory)) if cells else None,
             trials=self.oracle.trials,
             cached=self.oracle.cached,
+            recognised=self.oracle.recognised,
+            disagreements=self.oracle.disagreements,
             reproduced=result.reproduced,
             endings=result.endings,
             seconds=time.monotonic() - self.start_time,
@@ -406,6 +424,11 @@ class Investigation:
         gaps = self.oracle.workspaces.gaps
         # The gaps limit what the result means, so the user must know them.
         warnings = [f"the culprit search could not rule out {' and '.join(gaps)}"] if gaps else []
+        if self.oracle.is_recognised_only(result.cells):
+            warnings.append(
+                "the hang of the culprits was recognised, and no run up to the timeout confirmed "
+                "it: the budget of the search was too small"
+            )
         others = self.oracle.others + (Counter() if result.several_forms else self.oracle.forms)
         if others:
             warnings.append(

@@ -148,7 +148,8 @@ class _Searcher:
     def run(self, cells: frozenset[int], *, fresh: bool) -> _Step:
         """Run a set once and count it. Raises _Stop if the run would not fit into the budget."""
         time_budget = self.problem.budget - self.elapsed
-        if self.cost(cells) > time_budget:
+        extra = self.problem.fresh_seconds if fresh else 0.0
+        if self.cost(cells) + extra > time_budget:
             raise _Stop(Stopped.BUDGET)
         reply = yield Query(
             cells=tuple(sorted(cells)),

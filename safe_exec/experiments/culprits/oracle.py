@@ -3,7 +3,8 @@
 Trials are independent of each other. Each gets the folder as it was before the first run, a fresh
 kernel, sandbox, control group, /dev/shm and /tmp, and the original limits. Each cell gets a
 deadline derived from its earlier run time: a cell that hangs because another one is missing must
-not cost the whole cell timeout. Answers are cached under everything that they depend on.
+not cost the whole cell timeout. A hang that is searched for is recognised by its picture, except by
+a trial that confirms. Answers are cached under everything that they depend on.
 
 May import trial, notebook, sandbox and the pure parts of this package.
 """
@@ -23,8 +24,10 @@ from msgspec.structs import asdict, replace
 
 from safe_exec._version import __version__
 from safe_exec.cache import key_of
+from safe_exec.diagnosis.verdict import without_plumbing
 from safe_exec.experiments.culprits import failure as failures
 from safe_exec.experiments.culprits.failure import TIMES, Failure
+from safe_exec.experiments.culprits.hang import HangPicture, seconds_until_recognised
 from safe_exec.experiments.culprits.protocol import PASSED, Outcome, Query, Reply
 from safe_exec.experiments.rerun import (
     SETTLE_SECONDS,
@@ -37,9 +40,10 @@ from safe_exec.experiments.trial_cache import TrialCache
 from safe_exec.experiments.workspace import WorkspaceFactory
 from safe_exec.kernel.allocation_file import AllocationFile
 from safe_exec.model.ending import Cancelled, TimedOut
+from safe_exec.model.evidence import ActivityObservation
 from safe_exec.model.limits import LimitName, Limits
 from safe_exec.model.verdict import Cause, CauseKind
-from safe_exec.trial.request import TrialRequest, TrialResult
+from safe_exec.trial.request import HangRecognition, TrialRequest, TrialResult
 from safe_exec.trial.run import Trial
 
 # A cell that took t seconds may take so many times t and so much more before a trial is given up.
@@ -77,6 +81,8 @@ class Subject(Struct, frozen=True, kw_only=True):
     environment: Mapping[str, object]
     # The diagnosis is passed in, so that this module does not depend on it.
     cause_of: CauseOf
+    # The picture of the hang that is searched for, if the failure is one.
+    hang: HangPicture | None = None
 
 
 class AnsweredQuery(Struct, frozen=True, kw_only=True):
@@ -127,6 +133,12 @@ class Oracle:
         self.cached = 0
         self.others: Counter[str] = Counter()
         self.forms: Counter[str] = Counter()
+        # The hangs that were recognised early, the sets of cells concerned, and the trials that
+        # contradicted one of them by running to the end.
+        self.recognised = 0
+        self.disagreements = 0
+        self.recognises = True
+        self._recognised_sets: set[tuple[int, ...]] = set()
         self._folder = workspaces.snapshot.fingerprint()
         self._next: _Started | None = None
 
@@ -152,6 +164,7 @@ class Oracle:
             return _from_cache(entry)
         self.trials += 1
         answered, keep = await self._run(query, node, crash)
+        self._compare(query, answered.reply)
         if keep and self.cache is not None:
             self.cache.put(key, _to_cache(answered))
         return answered
@@ -176,6 +189,28 @@ class Oracle:
             # No space for the file or the folder. The culprits are known all the same.
             return None
         return ObservedTrial(result=result, request=template)
+
+    def recognition_seconds(self) -> float | None:
+        """Return how long a trial takes to recognise the hang; ``None`` if it runs to the end."""
+        subject = self.subject
+        if subject.hang is None or not self.recognises:
+            return None
+        cell = subject.node.cells[subject.failure.cell]
+        return seconds_until_recognised(subject.request.cell_limits(cell).cell_timeout)
+
+    def is_recognised_only(self, cells: tuple[int, ...]) -> bool:
+        """Tell whether the hang of a set was recognised and never confirmed by a run to the end."""
+        return cells in self._recognised_sets
+
+    def _compare(self, query: Query, reply: Reply) -> None:
+        """Compare a run to the end with an earlier one whose hang was recognised."""
+        if not query.fresh or reply.cut or query.cells not in self._recognised_sets:
+            return
+        self._recognised_sets.discard(query.cells)
+        if reply.answer is not Outcome.FAIL and not reply.another_form:
+            # The cell is slow and does not hang: what looks the same here is not the same.
+            self.disagreements += 1
+            self.recognises = False
 
     # --- one trial --------------------------------------------------------------------------------
 
@@ -238,8 +273,23 @@ class Oracle:
                 else min(notebook_timeout, time_budget),
             ),
             cell_limits=cell_limits,
+            # The result is confirmed by fresh runs; other notebooks are confirmed by nothing else.
+            hang=None if query.fresh or other is not None else self._recognition(),
             started=time.monotonic(),
         )
+
+    def _recognition(self) -> HangRecognition | None:
+        """Return how to recognise the hang; ``None`` if trials run to the end."""
+        picture, seconds = self.subject.hang, self.recognition_seconds()
+        cell = self.subject.failure.cell
+        if picture is None or seconds is None:
+            return None
+
+        def is_known(observation: ActivityObservation, node: Any) -> bool:
+            stack = without_plumbing(observation.stack)
+            return HangPicture.of_observation(observation, stack, cell, node) == picture
+
+        return HangRecognition(cell=cell, is_known=is_known, seconds=seconds)
 
     def _deadline(self, index: int) -> float | None:
         """Return the seconds that a cell may take in a trial; ``None`` keeps its original limit."""
@@ -294,9 +344,14 @@ class Oracle:
             line=location.line if location is not None else None,
             exact_line=location is not None and location.source in EXACT_SOURCES,
         )
-        return AnsweredQuery(reply=reply, happened=happened), not cut and not isinstance(
-            result.ending, Cancelled
-        )
+        recognised = isinstance(result.ending, TimedOut) and result.ending.recognised
+        if recognised:
+            self.recognised += 1
+            if answer is Outcome.FAIL:
+                self._recognised_sets.add(query.cells)
+        # What was only recognised is no answer to keep.
+        keep = not cut and not recognised and not isinstance(result.ending, Cancelled)
+        return AnsweredQuery(reply=reply, happened=happened), keep
 
     def _was_cut(self, result: TrialResult, request: TrialRequest, query: Query) -> bool:
         """Tell whether the search's budget, not the notebook's own timeout, ended a trial."""

@@ -96,7 +96,8 @@ class Problem(Struct, frozen=True, kw_only=True):
     returns the cell at which a run of a set is certain to stop for an undefined name. Cells outside
     the slice are tried in the order of ``side_effect_risk``. ``resource_use`` is each cell's share
     of the exhausted resource, and ``limit`` the amount that was available; ``seconds`` is each
-    cell's run time and ``start_seconds`` the time to start and stop a kernel. ``erratic``: failures
+    cell's run time, ``fresh_seconds`` what a fresh run takes beyond that, and ``start_seconds`` the time to
+    start and stop a kernel. ``erratic``: failures
     of this kind often do not recur.
     """
 
@@ -121,6 +122,8 @@ class Problem(Struct, frozen=True, kw_only=True):
     seconds: Mapping[int, float] = field(default_factory=dict)
     # The time to start and stop a kernel.
     start_seconds: float = 0.0
+    # What a fresh run takes beyond `seconds`: other runs recognise a hang before its time is up.
+    fresh_seconds: float = 0.0
     # Failures of this kind often do not recur.
     erratic: bool = False
     # The seconds that the whole search may take.
