@@ -37,6 +37,7 @@ def run(
     kernel_fallback: str = "language",
     cwd: str | os.PathLike[str] | None = None,
     allow_errors: bool = False,
+    keep_going: bool = False,
     require: str | None = None,
     mechanisms: Sequence[str] | None = None,
     env: Mapping[str, str] | None = None,
@@ -76,7 +77,8 @@ def run(
     are the keys of a file's ``isolation`` section (``{"network": False, "hide": ["/srv/data"]}``)
     and override the profile; paths begin with ``/`` or ``~``. ``parameters`` are set in a new cell,
     as papermill does. ``skip_tags``, ``only_tags`` and ``until`` (a number from 1, an id or a tag)
-    select the code cells to run. ``exit_is="error"`` makes ``sys.exit(0)`` an error of its cell;
+    select the code cells to run. ``keep_going`` continues behind each failure and lists all of them
+    in ``failures``. ``exit_is="error"`` makes ``sys.exit(0)`` an error of its cell;
     otherwise it ends the notebook as passed. ``strict_shell`` makes a failing ``!command`` an error of
     its cell; the lines of the file ``stdin`` answer ``input()``. ``in_place`` writes the executed notebook over the notebook
     itself if it passes, and with ``on_failure="write"`` always; ``clean_metadata`` leaves times and
@@ -106,6 +108,7 @@ def run(
             kernel_fallback=kernel_fallback,
             cwd=cwd,
             allow_errors=allow_errors,
+            keep_going=keep_going,
             require=require,
             mechanisms=mechanisms,
             env=env,
@@ -146,6 +149,7 @@ async def run_async(
     kernel_fallback: str = "language",
     cwd: str | os.PathLike[str] | None = None,
     allow_errors: bool = False,
+    keep_going: bool = False,
     require: str | None = None,
     mechanisms: Sequence[str] | None = None,
     env: Mapping[str, str] | None = None,
@@ -183,6 +187,7 @@ async def run_async(
         kernel_fallback=kernel_choice.kernel_fallback(kernel_fallback),
         cwd=Path(cwd) if cwd is not None else None,
         allow_errors=allow_errors,
+        keep_going=keep_going,
         require=require,
         mechanisms=tuple(mechanisms) if mechanisms is not None else None,
         env=env,

@@ -50,6 +50,7 @@ def key_of_run(prepared: PreparedJob) -> str:
             "isolation": asdict(prepared.limits.isolation),
             "kernel": prepared.kernel_name,
             "allow_errors": job.allow_errors,
+            "keep_going": job.keep_going,
             "inputs": to_builtins(job.inputs),
             "comparison": job.comparison.as_dict() if job.comparison is not None else None,
             "required": [str(name) for name in prepared.limits.required],

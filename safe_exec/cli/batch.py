@@ -116,6 +116,11 @@ STDIN = "-"
     "--allow-errors", is_flag=True, help="Continue after a cell that raises an exception."
 )
 @click.option(
+    "--keep-going",
+    is_flag=True,
+    help="Continue behind each failure of a notebook, and report all of them.",
+)
+@click.option(
     "--require",
     metavar="LIMIT,...",
     help="Refuse to run unless the system enforces these (or: all).",

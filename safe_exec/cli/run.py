@@ -145,6 +145,11 @@ WALL_OPTIONS = (
     "--allow-errors", is_flag=True, help="Continue after a cell that raises an exception."
 )
 @click.option(
+    "--keep-going",
+    is_flag=True,
+    help="Continue behind each failure, and report all of them.",
+)
+@click.option(
     "--require",
     metavar="LIMIT,...",
     help="Refuse to run unless the system enforces these (or: all).",
@@ -258,6 +263,7 @@ def job_of(notebook: Path, options: Mapping[str, Any], *, lenient: bool = False)
         cwd=options["cwd"],
         allow_errors=options["allow_errors"],
         with_locals=options.get("with_locals", False),
+        keep_going=options["keep_going"],
         require=options["require"],
         mechanisms=None
         if mechanisms is None

@@ -172,6 +172,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--safe-exec-require", metavar="LIMIT,...", help="As `safe-exec run --require`."
     )
     group.addoption(
+        "--safe-exec-keep-going", action="store_true", help="As `safe-exec run --keep-going`."
+    )
+    group.addoption(
         "--safe-exec-no-bisect",
         action="store_true",
         help="Do not search for the culprits of a failure.",
@@ -208,6 +211,7 @@ class Settings:
     kernel: str | None = None
     kernel_fallback: str = "language"
     require: str | None = None
+    keep_going: bool = False
     bisect: str = "auto"
     bisect_budget: float | None = None
 
@@ -272,6 +276,7 @@ def _settings(config: pytest.Config) -> Settings:
         kernel=config.getoption("safe_exec_kernel"),
         kernel_fallback=config.getoption("safe_exec_kernel_fallback"),
         require=config.getoption("safe_exec_require"),
+        keep_going=config.getoption("safe_exec_keep_going"),
         bisect="never" if config.getoption("safe_exec_no_bisect") else "auto",
         bisect_budget=parse_budget(
             config.getoption("safe_exec_bisect_budget"), "--safe-exec-bisect-budget"
@@ -515,6 +520,7 @@ class NotebookItem(pytest.Item):
                 kernel_of_language=True,
                 kernel_fallback=KernelFallback(settings.kernel_fallback),
                 require=settings.require,
+                keep_going=settings.keep_going,
                 bisect=Bisect(settings.bisect),
                 bisect_budget=settings.bisect_budget,
                 env=self._environment(),
@@ -587,6 +593,7 @@ def properties(verdict: Verdict) -> Iterable[tuple[str, str | int | float]]:
         "culprits": " ".join(str(culprit.code_index) for culprit in culprits.cells)
         if culprits
         else None,
+        "failures": len(verdict.failures) or None,
         "cells": verdict.notebook.cells,
         "code_cells": verdict.notebook.code_cells,
         "wall_seconds": verdict.usage.wall_seconds,

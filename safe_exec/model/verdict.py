@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
-from msgspec.structs import force_setattr
+from msgspec.structs import force_setattr, replace
 
 from safe_exec.model.ending import OutputDifference
 from safe_exec.model.evidence import Frame, IsolationFacts, NativeFrame
@@ -183,6 +183,8 @@ class CellRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     code_index: Count
     id: str | None
     status: CellStatus
+    # Why a cell was skipped, if the notebook did not ask for it.
+    reason: str | None = None
     # Seconds since the run began.
     started: Amount | None = None
     seconds: Amount | None = None
@@ -258,6 +260,25 @@ class Culprits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     # The path of the reproduction, if one was written.
     repro_notebook: str | None = None
     stopped: Stopped | None = None
+
+
+class FailureRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One of several failures of a run that went on after each of them."""
+
+    status: Status
+    cause: Cause | None
+    crash_cell: CrashCell | None
+    culprits: Culprits | None = None
+
+    @classmethod
+    def of(cls, verdict: Verdict) -> FailureRecord:
+        """Return the failure of a verdict."""
+        return cls(
+            status=verdict.status,
+            cause=verdict.cause,
+            crash_cell=verdict.crash_cell,
+            culprits=verdict.culprits,
+        )
 
 
 class Timeline(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -383,6 +404,9 @@ class Verdict(
     culprits: Culprits | None = None
     # Only if memory was the cause, or nearly ran out.
     memory: MemoryUse | None = None
+    # Only with --keep-going: all failures in the order in which they were found. The first one is
+    # also the verdict's own.
+    failures: tuple[FailureRecord, ...] = ()
     # Only with --compare: the cells whose outputs differ from the stored ones.
     differences: tuple[OutputDifference, ...] = ()
     cells: tuple[CellRecord, ...]
@@ -414,3 +438,25 @@ class Verdict(
 
     def __post_init__(self) -> None:
         force_setattr(self, "exit_code", self.status.exit_code)
+        # The verdict's own failure and the first of the list are the same, whatever was replaced.
+        if self.failures:
+            force_setattr(self, "failures", (FailureRecord.of(self), *self.failures[1:]))
+
+    def each_failure(self) -> tuple[Verdict, ...]:
+        """Return one verdict for each failure, as if it had been the only one.
+
+        Reports describe all failures in this way. Without ``--keep-going`` that is the verdict.
+        """
+        return tuple(
+            replace(
+                self,
+                status=failure.status,
+                cause=failure.cause,
+                crash_cell=failure.crash_cell,
+                culprits=failure.culprits,
+                # The holders of memory are those of the first run.
+                memory=None if number else self.memory,
+                failures=(),
+            )
+            for number, failure in enumerate(self.failures)
+        ) or (self,)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _RESULT_KEY = "result"
 _CULPRIT_ROLE = "culprit"
+_SKIPPED_ROLE = "skipped"
 _BANNER_ID = "safe-exec-banner"
 _CELL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _CONTEXT_LINES = 4
@@ -69,8 +70,9 @@ def annotate(
         if record.index < len(notebook.cells):
             _annotate_cell(notebook.cells[record.index], record, figures=figures)
     if verdict.status is not Status.PASSED:
-        _mark_culprits(notebook, verdict, figures=figures)
-        _add_error(notebook, verdict, hide)
+        for failure in verdict.each_failure():
+            _mark_culprits(notebook, failure, figures=figures)
+            _add_error(notebook, failure, hide)
         # Inserted last: until then indexes refer to the notebook as it ran.
         notebook.cells.insert(0, _banner(notebook, verdict))
     return notebook
@@ -126,12 +128,24 @@ def _annotate_cell(cell: NotebookNode, record: CellRecord, *, figures: bool) -> 
     if figures:
         values = plain(record)
         # The index of a cell is not stored: it changes with the banner and with edits.
-        left_out = ("index", "code_index", "id")
+        left_out = {"index", "code_index", "id"} | ({"reason"} if record.reason is None else set())
         _mark(cell, {key: values[key] for key in values if key not in left_out})
-    if record.status is CellStatus.NOT_RUN and cell.cell_type == "code":
+    has_not_run = record.status is CellStatus.NOT_RUN or record.reason is not None
+    if has_not_run and cell.cell_type == "code":
         # Outputs of an earlier run would look like results of this one.
         cell.outputs = []
         cell.execution_count = None
+    if record.reason is not None:
+        cell.outputs = [_skip_output(record.reason)]
+
+
+def _skip_output(reason: str) -> NotebookNode:
+    data = {
+        "text/markdown": f"**safe-exec: skipped**: {inert(common.one_line(reason))}",
+        "text/plain": f"safe-exec: skipped: {common.one_line(reason)}",
+    }
+    metadata = {METADATA_KEY: {_RESULT_KEY: {"role": _SKIPPED_ROLE}}}
+    return _node({"output_type": "display_data", "data": data, "metadata": metadata})
 
 
 # --- culprits -------------------------------------------------------------------------------
@@ -317,8 +331,34 @@ def _paragraphs(verdict: Verdict) -> Iterator[str]:
         yield "**Warnings:**\n\n" + "\n".join(
             f"- {code_span(common.one_line(warning))}" for warning in verdict.warnings
         )
+    yield from _further_failures(verdict)
     yield from _cells_not_run(verdict)
     yield "*Written by safe-exec, which takes this cell away when it runs the notebook again.*"
+
+
+def _further_failures(verdict: Verdict) -> Iterator[str]:
+    """Yield the failures after the first one, and the cells that they kept from running."""
+    for other in verdict.each_failure()[1:]:
+        yield _other_failure(other)
+    skipped = common.skipped_reasons(verdict)
+    if skipped:
+        yield "**Skipped:**\n\n" + "\n".join(f"- {inert(line)}" for line in skipped)
+
+
+def _other_failure(verdict: Verdict) -> str:
+    """Describe a further failure of the run: its headline, place, cause and culprits."""
+    lines = []
+    if verdict.cause is not None and not common.headline_has_summary(verdict):
+        lines.append(inert(verdict.cause.summary))
+    if verdict.crash_cell is not None:
+        lines.append(f"{_linked(verdict.crash_cell)}, {common.moment(verdict)}")
+    search = verdict.culprits
+    if search is not None and search.cells:
+        lines.append(f"caused by {culprits.names(search)}")
+        command = culprits.reproduce_command(verdict)
+        lines += [f"reproduce: {code_span(command)}"] if command else []
+    title = f"**\u2717 Also: {inert(common.headline(verdict))}**"
+    return "\n".join([title, "", *(f"- {line}" for line in lines)])
 
 
 def _location(crash: CrashCell, verdict: Verdict) -> Iterator[str]:

@@ -26,7 +26,8 @@ OPTIONAL: Mapping[str, frozenset[str]] = {
     "NotebookSummary": frozenset({"machine", "losses"}),
     "Frame": frozenset({"source_line"}),
     "Isolation": frozenset({"repository", "show"}),
-    "Culprits": frozenset({"endings"}),
+    "Culprits": frozenset({"endings", "recognised", "disagreements"}),
+    "CellRecord": frozenset({"reason"}),
     "Usage": frozenset({"memory_upper_bound"}),
 }
 """Keys that verdicts of earlier versions lack. All others are always written."""

@@ -121,6 +121,9 @@ def diagnosis(verdict: Verdict, style: Style) -> Iterator[str]:
     yield from _entry("native", [native.summary(verdict)], style)
     yield from _entry("locals", native.locals_lines(verdict, _MOST_FRAMES), style)
     yield from _entry("evidence", common.evidence_lines(verdict, _MOST_FACTS), style)
+    for other in verdict.each_failure()[1:]:
+        yield from _other_failure(other, style)
+    yield from _entry("skipped", common.skipped_reasons(verdict), style)
     yield from _entry("stderr", _last_words(verdict), style)
     yield from _entry("weak limit", common.weak_limits(verdict), style, "warn")
     yield from _entry("weak wall", common.weak_walls(verdict), style, "warn")
@@ -133,6 +136,18 @@ def diagnosis(verdict: Verdict, style: Style) -> Iterator[str]:
         for command in [culprits.reproduce_command(verdict)]
         if command
     )
+
+
+def _other_failure(verdict: Verdict, style: Style) -> Iterator[str]:
+    """Yield a further failure of the run: less than of the first, which decides the status."""
+    yield f"{style.paint('bad', '✗')} {style.paint('bold', common.headline(verdict))}"
+    yield from _crash_line(verdict, style)
+    yield from _culprits(verdict, style)
+    if verdict.cause is not None and not common.headline_has_summary(verdict):
+        yield from _entry("why", [verdict.cause.summary], style)
+    command = culprits.reproduce_command(verdict)
+    if command:
+        yield f"{_margin('reproduce', style)}{command}"
 
 
 def _differences(verdict: Verdict, style: Style) -> Iterator[str]:

@@ -31,6 +31,7 @@ LEAST_BUDGET = 60.0
 BUDGET_RUNS = 3.0
 """The default budget of a search: a minute, or three times the duration of the first run."""
 MOST_HOSTS = 3
+REPRO_ENDING = ".repro.ipynb"
 
 
 class FolderSnapshot:
@@ -50,7 +51,7 @@ class FolderSnapshot:
         self._scratch: Path | None = None
         self._task: asyncio.Task[None] | None = None
         self._place: OutputDirectory | None = None
-        if prepared.job.bisect is not Bisect.NEVER:
+        if prepared.job.bisect is not Bisect.NEVER or prepared.job.keep_going:
             # The reproduction reports its own error when it is written.
             with contextlib.suppress(OSError):
                 self._place = OutputDirectory(prepared.paths.repro, prepared.job.tree)
@@ -84,7 +85,7 @@ class FolderSnapshot:
             self.snapshot = reopen(self.prepared.paths.cwd, scratch) or take(
                 self.prepared.paths.cwd,
                 scratch,
-                ours=_documents_of(self.prepared),
+                ours=documents_of(self.prepared),
                 repository=repository_of(self.prepared),
             )
         # Usually a full disk. The run goes on without a copy, and so without a search.
@@ -97,6 +98,13 @@ class FolderSnapshot:
         place = self._place or OutputDirectory(self.prepared.paths.repro, self.prepared.job.tree)
         place.write(data)
         return place.path
+
+    def write_numbered_reproduction(self, number: int, data: bytes) -> Path:
+        """Write the reproduction of a further failure beside that of the first. Raises OSError."""
+        path = numbered_path(self.prepared.paths.repro, number)
+        with contextlib.closing(OutputDirectory(path, self.prepared.job.tree)) as place:
+            place.write(data)
+            return place.path
 
     async def done(self) -> None:
         """Wait until the copy is complete."""
@@ -115,26 +123,35 @@ class FolderSnapshot:
             release_folder(self._scratch)
 
 
+def numbered_path(path: Path, number: int) -> Path:
+    """Return ``a.2.repro.ipynb`` for ``a.repro.ipynb``, and ``a.2.ipynb`` for any other name."""
+    ending = REPRO_ENDING if path.name.endswith(REPRO_ENDING) else path.suffix
+    return path.with_name(f"{path.name.removesuffix(ending)}.{number}{ending}")
+
+
 async def search_after(
     prepared: PreparedJob,
     verdict: Verdict,
     request: TrialRequest,
     folder: FolderSnapshot,
-    write: Callable[[Verdict], Verdict],
+    write: Callable[[Verdict], object],
+    *,
+    number: int = 1,
 ) -> Verdict:
     """Search after a first run, if the outcome of the run calls for it.
 
     Returns the verdict with the culprits, or with a warning that says why there was no search.
+    ``number`` counts the failures of a run from 1.
     """
     # An empty reason means that nobody expects a search after such a run: no warning then.
     reason = _why_not(prepared, verdict, request, folder)
     if reason is not None:
-        folder.keep = bool(reason) and folder.snapshot is not None
+        folder.keep = folder.keep or (bool(reason) and folder.snapshot is not None)
         return (
             _with_warning(verdict, f"no search for the culprits: {reason}") if reason else verdict
         )
     write(verdict)
-    return await search(prepared, verdict, request, folder)
+    return await search(prepared, verdict, request, folder, number=number)
 
 
 def _why_not(
@@ -168,17 +185,23 @@ def _why_not(
 
 
 async def search(
-    prepared: PreparedJob, verdict: Verdict, request: TrialRequest, folder: FolderSnapshot
+    prepared: PreparedJob,
+    verdict: Verdict,
+    request: TrialRequest,
+    folder: FolderSnapshot,
+    *,
+    number: int = 1,
 ) -> Verdict:
     """Search, and decide whether ``safe-exec bisect`` may continue from the copy of the folder."""
     if folder.snapshot is None:
         return _with_warning(
             verdict, f"no search for the culprits: the folder cannot be copied: {folder.trouble}"
         )
-    folder.keep = True
+    kept_before, folder.keep = folder.keep and number > 1, True
     # Kept during the search in case it is killed, and afterwards if it is not complete.
-    verdict = await _search(prepared, verdict, request, folder, folder.snapshot)
-    folder.keep = verdict.culprits is not None and not verdict.culprits.minimal
+    verdict = await _search(prepared, verdict, request, folder, folder.snapshot, number=number)
+    complete = verdict.culprits is None or verdict.culprits.minimal
+    folder.keep = kept_before or not complete
     return verdict
 
 
@@ -188,6 +211,8 @@ async def _search(
     request: TrialRequest,
     folder: FolderSnapshot,
     snapshot: Snapshot,
+    *,
+    number: int,
 ) -> Verdict:
     """Search, and write the reproduction.
 
@@ -204,7 +229,7 @@ async def _search(
         tidy(cache_root())
     try:
         workspaces = workspace_factory(
-            snapshot, ours=_documents_of(prepared), insist=prepared.job.bisect is Bisect.ALWAYS
+            snapshot, ours=documents_of(prepared), insist=prepared.job.bisect is Bisect.ALWAYS
         )
         oracle = Oracle(_subject(prepared, verdict, request), workspaces, TrialCache(cache_root()))
         problem = FirstRun(
@@ -222,7 +247,7 @@ async def _search(
                 await oracle.close()
     except (WorkspaceUnavailable, RerunFailed, OSError) as trouble:
         return _with_warning(verdict, f"no search for the culprits: {trouble}")
-    return _with_culprits(folder, verdict, outcome)
+    return _with_culprits(folder, verdict, outcome, number)
 
 
 def repository_of(prepared: PreparedJob) -> Path | None:
@@ -235,7 +260,7 @@ def repository_of(prepared: PreparedJob) -> Path | None:
     )
 
 
-def _documents_of(prepared: PreparedJob) -> frozenset[Path]:
+def documents_of(prepared: PreparedJob) -> frozenset[Path]:
     """Return the paths that belong to safe-exec, which are no part of the notebook's folder."""
     from safe_exec.cache import cache_root
 
@@ -287,7 +312,7 @@ def cause_of_trial(result: TrialResult, request: TrialRequest, verdict: Verdict)
 
 
 def _with_culprits(
-    folder: FolderSnapshot, verdict: Verdict, outcome: InvestigationResult
+    folder: FolderSnapshot, verdict: Verdict, outcome: InvestigationResult, number: int
 ) -> Verdict:
     """Add the culprits to the verdict, and write the reproduction."""
     verdict = replace(
@@ -299,7 +324,12 @@ def _with_culprits(
     if outcome.reproduction is None:
         return verdict
     try:
-        written = folder.write_reproduction(notebook.dumps(outcome.reproduction))
+        data = notebook.dumps(outcome.reproduction)
+        written = (
+            folder.write_reproduction(data)
+            if number == 1
+            else folder.write_numbered_reproduction(number, data)
+        )
     except OSError as error:
         return _with_warning(verdict, f"the reproduction could not be written: {error}")
     return replace(verdict, culprits=replace(outcome.culprits, repro_notebook=str(written)))

@@ -89,6 +89,7 @@ class Job(Struct, frozen=True, kw_only=True):
     kernel_fallback: KernelFallback = KernelFallback.LANGUAGE
     cwd: Path | None = None
     allow_errors: bool = False
+    keep_going: bool = False
     require: str | None = None
     mechanisms: tuple[str, ...] | None = None
     env: Mapping[str, str] | None = None

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -111,7 +111,16 @@ async def run_job(
         # killed.
         write_partial = partial(write, prepared, node=first.result.node, documents=documents)
         if worth_a_search(verdict):
+            verdict, failures = await _continue(prepared, first, verdict, folder, documents.mask)
             verdict = await _search(prepared, first, verdict, folder, write_partial)
+            verdict = await _search_each(
+                prepared,
+                first,
+                verdict,
+                failures=failures,
+                folder=folder,
+                write_partial=write_partial,
+            )
         if prepared.job.repeat > 1:
             from safe_exec.workflows.repeat import FinishedRun, repeated
 
@@ -415,6 +424,50 @@ async def _search(
     from safe_exec.workflows.bisect import search_after
 
     return await search_after(prepared, verdict, first.request, folder, write_partial)
+
+
+async def _continue(
+    prepared: PreparedJob, first: FirstRun, verdict: Verdict, folder: FolderSnapshot, mask: Mask
+) -> tuple[Verdict, list[Verdict]]:
+    """Run the cells behind each failure, if that was requested; return all failures' verdicts."""
+    if not prepared.job.keep_going:
+        return verdict, []
+    from safe_exec.workflows.keep_going import keep_going
+
+    def verdict_of(request: TrialRequest, result: TrialResult) -> Verdict:
+        trial = FirstRun(request=request, result=result, plan=request.plan)
+        return _verdict_of(prepared, trial, mask)
+
+    return await keep_going(prepared, verdict, first.request, folder, verdict_of)
+
+
+async def _search_each(
+    prepared: PreparedJob,
+    first: FirstRun,
+    verdict: Verdict,
+    *,
+    failures: list[Verdict],
+    folder: FolderSnapshot,
+    write_partial: Callable[[Verdict], Verdict],
+) -> Verdict:
+    """Search for the culprits of each further failure."""
+    if len(failures) < 2:  # noqa: PLR2004
+        return verdict
+    from safe_exec.workflows.bisect import search_after
+    from safe_exec.workflows.keep_going import search_each
+
+    def search(failure: Verdict, number: int) -> Awaitable[Verdict]:
+        # The partial verdict on disk is that of the whole run.
+        return search_after(
+            prepared,
+            failure,
+            first.request,
+            folder,
+            lambda _: write_partial(verdict),
+            number=number,
+        )
+
+    return await search_each(prepared, verdict, failures, search)
 
 
 class Documents:

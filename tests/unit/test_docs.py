@@ -78,7 +78,10 @@ OF_OTHER_TOOLS = {
             "--safe-exec",
             *(
                 f"--safe-exec-{name}"
-                for name in ("limits", "kernel", "require", "no-bisect", "bisect-budget", "out")
+                for name in (
+                    *("limits", "kernel", "require", "keep-going"),
+                    *("no-bisect", "bisect-budget", "out"),
+                )
             ),
             *(f"--safe-exec-{name}" for name, _ in ISOLATION),
             *(f"--safe-exec-{name}" for name in ("network", "no-network", "read-only", "cwd")),

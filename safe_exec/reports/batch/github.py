@@ -41,8 +41,11 @@ def annotations(batch: BatchResult, base: Path | None = None) -> Iterator[str]:
     """
     root = base or batch.root
     failed = bad(batch)
+    count = 0
     for result in failed:
-        yield _error(NotebookReport.of(result), batch, root)
+        for report in batch_text.each_failure(NotebookReport.of(result)):
+            count += 1
+            yield _error(report, batch, root)
     # Flaky notebooks passed, so they are warnings, after all errors.
     for result in batch.results:
         if result.flaky:
@@ -50,8 +53,10 @@ def annotations(batch: BatchResult, base: Path | None = None) -> Iterator[str]:
             yield command(
                 "warning", batch_text.flaky_words(result), file=path, title="safe-exec: flaky"
             )
-    if len(failed) > SHOWN_PER_STEP:
-        notice = f"{len(failed)} notebooks failed. GitHub shows some {SHOWN_PER_STEP} annotations a step; the summary of the job has them all."
+    if count > SHOWN_PER_STEP:
+        counted = common.counted(len(failed), "notebook")
+        failures = "" if count == len(failed) else f", with {count} failures"
+        notice = f"{counted} failed{failures}. GitHub shows some {SHOWN_PER_STEP} annotations a step; the summary of the job has them all."
         yield command("notice", notice, title="safe-exec")
 
 
@@ -161,6 +166,21 @@ def _detail(report: NotebookReport, verdict: Verdict, batch: BatchResult) -> Ite
         yield "\n".join(f"- {inert(line)}" for line in common.evidence_lines(verdict))
         yield f"**Next:** {inert(verdict.cause.advice)}" if verdict.cause.advice else ""
     yield f"**Reproduce:** {code_span(batch_text.reproduce_command(report, batch))}"
+    for other in verdict.each_failure()[1:]:
+        yield from _other_failure(other)
+    yield "\n".join(f"- {inert(line)}" for line in common.skipped_reasons(verdict))
+
+
+def _other_failure(verdict: Verdict) -> Iterator[str]:
+    yield f"**Also: {inert(common.headline(verdict))}**"
+    if verdict.crash_cell is not None:
+        yield f"**Where:** {inert(batch_text.place(verdict))}"
+        yield from _block([verdict.crash_cell.source_line or ""])
+    if verdict.culprits is not None:
+        yield f"**Culprits:** {inert(batch_text.culprits_words(verdict))}"
+        yield "\n".join(_culprits(verdict))
+    if verdict.cause is not None:
+        yield f"**Why:** {inert(verdict.cause.summary)}"
 
 
 def _block(lines: Sequence[str]) -> Iterator[str]:

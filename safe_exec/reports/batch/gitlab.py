@@ -39,11 +39,10 @@ def _document(batch: BatchResult, base: Path) -> Iterator[bytes]:
     separator = b"[\n"
     for result in batch.results:
         if batch_text.outcome(result) in (Outcome.FAILED, Outcome.ERROR):
-            yield (
-                separator
-                + json.dumps(_problem(NotebookReport.of(result), base), ensure_ascii=True).encode()
-            )
-            separator = b",\n"
+            for report in batch_text.each_failure(NotebookReport.of(result)):
+                problem = json.dumps(_problem(report, base), ensure_ascii=True)
+                yield separator + problem.encode()
+                separator = b",\n"
     yield b"[]\n" if separator == b"[\n" else b"\n]\n"
 
 
@@ -56,7 +55,7 @@ def _problem(report: NotebookReport, base: Path) -> dict[str, Any]:
         ),
         "check_name": f"safe-exec/{batch_text.kind(report)}",
         "fingerprint": _fingerprint(report, path),
-        "severity": _SEVERITIES.get(Status(report.result.status), _OTHER_SEVERITY)
+        "severity": _SEVERITIES.get(report.verdict.status, _OTHER_SEVERITY)
         if report.verdict is not None
         else _OTHER_SEVERITY,
         # GitLab requires a line; without a known one it is the first.

@@ -69,6 +69,8 @@ def _suite(report: NotebookReport, batch: BatchResult) -> TestSuite:
     for name, value in properties.items():
         suite.add_property(name, clean(value))
     suite.add_testcase(_case(report, batch))
+    for other in batch_text.each_failure(report)[1:]:
+        suite.add_testcase(_further_case(other))
     suite.append(SystemOut(clean(batch_text.headline(report))))
     suite.append(SystemErr(clean(_stderr(report.verdict))))
     return suite
@@ -103,6 +105,20 @@ def _case(report: NotebookReport, batch: BatchResult) -> TestCase:
         )
         failure.text = clean("\n".join(batch_text.lines(report, batch)))
         case.result = [failure]
+    return case
+
+
+def _further_case(report: NotebookReport) -> TestCase:
+    """Return the test case of a further failure; its time is part of the first one's."""
+    from junitparser import Failure, TestCase
+
+    path, crash = report.result.path, report.verdict.crash_cell if report.verdict else None
+    place = f", {common.cell_name(crash.code_index)}" if crash is not None else ""
+    case = TestCase(clean(f"{PurePosixPath(path).name}{place}"), clean(_folder(path)))
+    case.time = 0.0
+    failure = Failure(clean(_message(report)), batch_text.kind(report))
+    failure.text = clean("\n".join(batch_text.failure_lines(report)))
+    case.result = [failure]
     return case
 
 
@@ -156,6 +172,8 @@ def _properties(report: NotebookReport, batch: BatchResult) -> Iterator[tuple[st
     if verdict.cause is not None:
         yield "cause", verdict.cause.kind.value
         yield "confidence", verdict.cause.confidence.value
+    if verdict.failures:
+        yield "failures", str(len(verdict.failures))
     if verdict.culprits is not None:
         yield "culprits", " ".join(str(culprit.code_index) for culprit in verdict.culprits.cells)
 

@@ -10,6 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from safe_exec.model.verdict import Status, Verdict
 from safe_exec.reports.batch.results import NOT_RUN, REFUSED, UNCHANGED, BatchResult, NotebookResult
@@ -151,8 +152,37 @@ def lines(report: NotebookReport, batch: BatchResult) -> Iterator[str]:
         yield from (f"evidence: {line}" for line in common.evidence_lines(verdict))
         if verdict.cause.advice:
             yield f"next: {common.one_line(verdict.cause.advice)}"
+    yield from _further_failures(verdict)
     yield from (f"warning: {common.one_line(warning)}" for warning in verdict.warnings)
     yield f"reproduce: {reproduce_command(report, batch)}"
+
+
+def _further_failures(verdict: Verdict) -> Iterator[str]:
+    """Yield the failures after the first one, and the cells that they kept from running."""
+    for other in verdict.each_failure()[1:]:
+        yield from _other_failure(other)
+    yield from (f"skipped: {reason}" for reason in common.skipped_reasons(verdict))
+
+
+def _other_failure(verdict: Verdict) -> Iterator[str]:
+    yield f"also: {common.headline(verdict)}"
+    yield from _place(verdict)
+    yield from _culprits(verdict)
+    if verdict.cause is not None and not common.headline_has_summary(verdict):
+        yield f"why: {common.one_line(verdict.cause.summary)}"
+
+
+def failure_lines(report: NotebookReport) -> Iterator[str]:
+    """Yield the essential lines of a further failure."""
+    if report.verdict is not None:
+        yield from _other_failure(report.verdict)
+
+
+def each_failure(report: NotebookReport) -> list[NotebookReport]:
+    """Return one report for each failure of a run that went on after the first one."""
+    if report.verdict is None:
+        return [report]
+    return [replace(report, verdict=verdict) for verdict in report.verdict.each_failure()]
 
 
 def place(verdict: Verdict) -> str:

@@ -143,6 +143,15 @@ def not_run(verdict: Verdict) -> tuple[int, ...]:
     return tuple(cell.code_index for cell in verdict.cells if cell.status is CellStatus.NOT_RUN)
 
 
+def skipped_reasons(verdict: Verdict) -> list[str]:
+    """Describe the cells that a failure kept from running: ``code cell 5 needs `x` of ...``."""
+    return [
+        f"{cell_name(cell.code_index)} {one_line(cell.reason)}"
+        for cell in verdict.cells
+        if cell.reason is not None
+    ]
+
+
 def frame_line(frame: Frame, verdict: Verdict) -> str:
     """Describe a frame of a stack: ``load (cache.py:12)``, or its cell and line."""
     if frame.cell is None:

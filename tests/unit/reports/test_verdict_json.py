@@ -75,6 +75,7 @@ CONTRACT_KEYS = [
     "crash_cell",
     "culprits",
     "memory",
+    "failures",
     "differences",
     "cells",
     "limits",

@@ -69,7 +69,7 @@ def why_not(
     trouble: str = "",
 ) -> str | None:
     prepared: Any = SimpleNamespace(
-        job=SimpleNamespace(bisect=bisect), node=node(reproduction=reproduction)
+        job=SimpleNamespace(keep_going=False, bisect=bisect), node=node(reproduction=reproduction)
     )
     request: Any = SimpleNamespace(cancellation=SimpleNamespace(signals=list(signals)))
     folder_snapshot: Any = SimpleNamespace(snapshot=object() if kept else None, trouble=trouble)
@@ -146,7 +146,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(folders, "TMP", tmp_path / "tmp")
     work = tmp_path / "work"
     return SimpleNamespace(
-        job=SimpleNamespace(bisect=Bisect.AUTO, own_paths=(), tree=None),
+        job=SimpleNamespace(keep_going=False, bisect=Bisect.AUTO, own_paths=(), tree=None),
         run_id="abc",
         paths=JobPaths(
             notebook=work / "nb.out.ipynb",
@@ -423,7 +423,7 @@ def test_the_reproduction_goes_where_the_folder_was_held(
     folder, outside = tmp_path / "nb", tmp_path / "outside"
     folder.mkdir()
     outside.mkdir()
-    job: Any = SimpleNamespace(bisect=Bisect.AUTO, tree=None)
+    job: Any = SimpleNamespace(keep_going=False, bisect=Bisect.AUTO, tree=None)
     paths = SimpleNamespace(repro=folder / "nb.repro.ipynb")
     prepared: Any = SimpleNamespace(job=job, run_id="0123456789ab", paths=paths)
     with FolderSnapshot(prepared) as folder_snapshot:

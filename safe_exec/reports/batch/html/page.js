@@ -264,9 +264,11 @@
     if (detail.memory_use) left.append(...drawMemoryUse(detail.memory_use));
     if (detail.native || detail.native_gap) left.append(drawNative(detail));
     if (detail.culprits) left.append(drawCulprits(detail.culprits));
+    for (const other of detail.others || []) left.append(drawOther(other));
     if (detail.advice) right.append(part("Next", "", el("p", { class: "advice" }, detail.advice)));
     if (detail.command) right.append(part("Reproduce", "", el("div", { class: "command" }, el("code", null, detail.command), copyButton(detail.command, "Copy the command to reproduce"))));
     if (detail.evidence && detail.evidence.length) right.append(part("Evidence", "", drawEvidence(detail.evidence)));
+    if (detail.skipped && detail.skipped.length) right.append(part("Skipped", "", el("ul", { class: "skipped" }, ...detail.skipped.map((words) => el("li", null, words)))));
     for (const words of detail.warnings || []) right.append(el("p", { class: "warning" }, words));
     if (left.children.length || right.children.length) add(el("div", { class: left.children.length ? "columns" : "columns single" }, left.children.length ? left : null, right.children.length ? right : null));
     if (detail.timeline && detail.timeline.seconds.length) add(drawChart(row, detail));
@@ -274,6 +276,15 @@
     if (detail.files.length) {
       add(el("p", { class: "files" }, "Files: ", ...detail.files.filter((file) => file.href.startsWith("./")).flatMap((file, n) => [n ? " · " : "", el("a", { href: file.href }, file.name)])));
     }
+    return box;
+  };
+
+  // A further failure of a run that went on behind the first one.
+  const drawOther = (other) => {
+    const box = el("section", { class: "other", "aria-label": other.headline }, el("h2", { class: "failed" }, other.headline));
+    if (other.why || (other.confidence && other.confidence !== "certain")) box.append(whyLine(other));
+    if (other.crash) box.append(part(`Code cell ${other.crash.n}`, other.crash.moment, codeBlock(other.crash.source)));
+    if (other.culprits) box.append(drawCulprits(other.culprits));
     return box;
   };
 
@@ -426,8 +437,9 @@
     const peak = Math.max(...memory.map((value) => value || 0));
     const label = `Memory over ${clock(span)}: peak ${size(peak)}${detail.memory_limit === null ? "" : ` of ${size(detail.memory_limit)}`}, ${counted(detail.cells.length, "code cell")}. Arrow keys read single points.`;
     const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", tabindex: "0", "aria-label": label, class: "plot" });
-    const crashed = detail.crash ? detail.crash.n : null;
-    const culprits = new Set(detail.culprits ? detail.culprits.all : []);
+    const failures = [detail, ...(detail.others || [])];
+    const crashes = new Set(failures.filter((each) => each.crash).map((each) => each.crash.n));
+    const culprits = new Set(failures.flatMap((each) => (each.culprits ? each.culprits.all : [])));
 
     for (let tick = 0, step = 2 ** Math.ceil(Math.log2(top / 4)); tick < top; tick += step) {
       root.append(svg("line", { class: "grid", x1: box.left, x2: width - box.right, y1: fixed(y(tick)), y2: fixed(y(tick)) }));
@@ -441,8 +453,8 @@
       if (cell.start === null) continue;
       const [from, to] = [x(cell.start), x(cell.end === null ? lastTime : cell.end)];
       const wide = Math.max(to - from, 2);
-      const kind = cell.n === crashed ? "crashed" : culprits.has(cell.n) ? "culprit" : cell.status.replace(" ", "-");
-      if (cell.n === crashed) root.append(svg("rect", { class: "moment", x: fixed(from), y: box.top, width: fixed(wide), height: box.height }));
+      const kind = crashes.has(cell.n) ? "crashed" : culprits.has(cell.n) ? "culprit" : cell.status.replace(" ", "-");
+      if (crashes.has(cell.n)) root.append(svg("rect", { class: "moment", x: fixed(from), y: box.top, width: fixed(wide), height: box.height }));
       const told = `Code cell ${cell.n}: ${[cell.status, cell.time, cell.peak ? `peak ${cell.peak}` : ""].filter(Boolean).join(", ")}`;
       root.append(svg("rect", { class: `cell ${kind}`, x: fixed(from), y: bottom + box.gap, width: fixed(Math.max(wide - 1, 1.5)), height: box.strip, rx: 3 }, svg("title", null, told)));
       if (wide > 9 * String(cell.n).length + 6) root.append(svg("text", { class: `name ${kind}`, x: fixed(from + (wide - 1) / 2), y: bottom + box.gap + 15, "text-anchor": "middle" }, cell.n));

@@ -86,7 +86,9 @@ def detail(report: NotebookReport, batch: BatchResult, base: Path) -> dict[str, 
         data |= _run(verdict, len(batch.results))
         if verdict.status is not Status.PASSED:
             data |= _failure(report, verdict) | {
-                "command": batch_text.reproduce_command(report, batch)
+                "command": batch_text.reproduce_command(report, batch),
+                "others": [_other_failure(report, other) for other in verdict.each_failure()[1:]],
+                "skipped": common.skipped_reasons(verdict),
             }
     return data
 
@@ -249,6 +251,14 @@ def _failure(report: NotebookReport, verdict: Verdict) -> dict[str, Any]:
             ],
         }
     return data
+
+
+def _other_failure(report: NotebookReport, verdict: Verdict) -> dict[str, Any]:
+    """Return a further failure of the run: its headline and what is drawn below it."""
+    data = _failure(report, verdict)
+    return {"headline": common.headline(verdict)} | {
+        key: data[key] for key in ("crash", "culprits", "why", "confidence") if key in data
+    }
 
 
 def _sources(report: NotebookReport, verdict: Verdict) -> dict[int, Placed]:
