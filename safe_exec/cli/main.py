@@ -24,6 +24,7 @@ COMMANDS = {
     "merge": "Combine the output directories of shards into one.",
     "bisect": "Search for the cells that cause a failure.",
     "probe": "Measure how much of a limit a notebook needs.",
+    "debug": "Open a console in the kernel just before a notebook fails.",
     "replay": "Run the notebook of a verdict again, and compare the outcomes.",
     "doctor": "Show what enforces each limit on this machine, and how to fix the rest.",
     "limits": "Show the limits that a profile or file gives.",

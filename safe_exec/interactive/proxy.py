@@ -86,6 +86,7 @@ class Proxy:
         recording: Recording | None,
         on_death: OnDeath,
         notes: list[str],
+        on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self._file = file
         self._make_inner, self._diagnose = make_inner, diagnose
@@ -93,6 +94,7 @@ class Proxy:
         self._waiting: dict[str, Waiting] = {}
         self._cells: list[str] = []
         self._notes = notes
+        self._on_ready = on_ready
         self._tasks: set[asyncio.Task[Any]] = set()
         self._inner: Inner | None = None
         self._is_ready = False
@@ -164,6 +166,7 @@ class Proxy:
             # `jupyter console` waits for this after "restarting", and JupyterLab shows it.
             self.front.announce("status", {"execution_state": "idle"})
         self.front.resume()
+        self._on_ready()
         died = asyncio.ensure_future(self._inner.session.died.wait())
         if not await self._unless_stopped(died):
             self._code = 0
@@ -185,6 +188,10 @@ class Proxy:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
+
+    def stop(self) -> None:
+        """End the kernel and ``run()``, with exit code 0."""
+        self._stop.set()
 
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
         # The event loop itself holds tasks weakly (asyncio.create_task).

@@ -33,7 +33,7 @@ async def repeated(
     from safe_exec.workflows.prepare import prepare
     from safe_exec.workflows.run import run_undocumented
 
-    job = replace(prepared.job, repeat=1, writes=False, comparison=None, sinks=())
+    job = replace(prepared.job, repeat=1, keep_going=False, writes=False, comparison=None, sinks=())
     runs: list[FinishedRun] = []
     while len(runs) < prepared.job.repeat - 1 and not cancellation.signals:
         runs.append(FinishedRun(*await run_undocumented(prepare(job), cancellation=cancellation)))

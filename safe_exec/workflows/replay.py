@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from msgspec import Struct
@@ -11,11 +10,10 @@ from safe_exec.diagnosis.verdict import build_verdict
 from safe_exec.errors import SandboxError, UsageError
 from safe_exec.experiments.compare import Agreement, compare
 from safe_exec.experiments.culprits.reproduction import is_reproduction
-from safe_exec.model import events
 from safe_exec.model.events import EventSink
 from safe_exec.model.verdict import Culprit, Verdict
 from safe_exec.workflows.prepare import Bisect, Job, PreparedJob, inputs_of_run, prepare
-from safe_exec.workflows.run import run_info
+from safe_exec.workflows.run import run_info, run_started
 from safe_exec.workflows.scratch import open_scratch
 
 
@@ -83,7 +81,7 @@ async def replay(request: Replay, sink: EventSink) -> ReplayResult:
 
     prepared = request.prepared
     # The progress display needs the number of cells before the first of them starts.
-    sink(_started(prepared))
+    sink(run_started(prepared))
     async with open_scratch(prepared) as scratch:
         try:
             rerun_result = await scratch.rerunner.run(
@@ -104,15 +102,4 @@ async def replay(request: Replay, sink: EventSink) -> ReplayResult:
         rerun=rerun,
         agreement=compare(request.original, rerun, request.cells),
         warnings=(*rerun.warnings, *(f"the run may have seen {gap}" for gap in gaps)),
-    )
-
-
-def _started(prepared: PreparedJob) -> events.RunStarted:
-    return events.RunStarted(
-        time=time.monotonic() - prepared.started,
-        run_id=prepared.run_id,
-        notebook=str(prepared.job.path),
-        kernel=prepared.kernel_name,
-        code_cells=sum(cell.cell_type == "code" for cell in prepared.node.cells),
-        limits=prepared.limits.values.as_dict(),
     )

@@ -94,7 +94,7 @@ async def run_job(
     ):
         # Earlier runs whose runner and keeper were both killed may have left cgroups behind.
         sweep()
-        emit(_run_started(prepared))
+        emit(run_started(prepared))
         # A notebook that fills its disk must not keep the verdict from being written.
         reserved = ReservedSpace(prepared.paths.notebook.absolute().parent, HELD_BYTES)
         try:
@@ -151,7 +151,7 @@ async def run_undocumented(
     emit = _fan_out((*prepared.job.sinks, *sinks), mask)
     with handle_signals(cancellation.arrive), FolderSnapshot(prepared) as folder:
         sweep()
-        emit(_run_started(prepared))
+        emit(run_started(prepared))
         first = await _first_run(prepared, emit, cancellation, folder, on_message)
         verdict = mask.everywhere(_verdict_of(prepared, first, mask))
         emit(_run_finished(prepared, verdict))
@@ -183,7 +183,7 @@ async def bisect_job(
         FolderSnapshot(prepared, of=verdict.run_id) as folder,
     ):
         sweep()
-        emit(_run_started(prepared))
+        emit(run_started(prepared))
         folder.begin()
         await folder.done()
         request = request_for(prepared, plan, prepared.node, cancellation, emit)
@@ -620,7 +620,8 @@ def _without_output(verdict: Verdict, name: str, warning: str) -> Verdict:
     return replace(verdict, outputs=outputs, warnings=(*verdict.warnings, warning))
 
 
-def _run_started(prepared: PreparedJob) -> events.RunStarted:
+def run_started(prepared: PreparedJob) -> events.RunStarted:
+    """Return the first event of a run, which names its notebook and the number of its cells."""
     return events.RunStarted(
         time=time.monotonic() - prepared.started,
         run_id=prepared.run_id,

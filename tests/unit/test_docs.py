@@ -72,6 +72,7 @@ OF_OTHER_TOOLS = {
             )
         ),
     },
+    "docs/debug.md": {"--existing"},
     "docs/integrations.md": {
         *(f"--safe-exec-{name.value.replace('_', '-')}" for name in LimitName),
         *(
