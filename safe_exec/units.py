@@ -13,6 +13,8 @@ import math
 import re
 from decimal import Decimal
 
+from safe_exec.patterns import lazy_pattern
+
 # Words that lift a limit, like a real null.
 UNLIMITED = frozenset({"none", "null", "unlimited"})
 
@@ -34,10 +36,10 @@ _COUNT = "a whole number"
 _CPUS = "a number of processors, such as 2 or 0.5"
 
 _NUMBER = r"((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[+-]?[0-9]{1,3})?)"
-_NUMBER_RE = re.compile(_NUMBER, re.IGNORECASE)
-_SIZE_RE = re.compile(_NUMBER + r"\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
-_PERCENT_RE = re.compile(_NUMBER + r"\s*%", re.IGNORECASE)
-_DURATION_RE = re.compile(
+_NUMBER_RE = lazy_pattern(_NUMBER, re.IGNORECASE)
+_SIZE_RE = lazy_pattern(_NUMBER + r"\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_PERCENT_RE = lazy_pattern(_NUMBER + r"\s*%", re.IGNORECASE)
+_DURATION_RE = lazy_pattern(
     rf"(?:{_NUMBER}\s*d\s*)?(?:{_NUMBER}\s*h\s*)?(?:{_NUMBER}\s*m(?:in)?\s*)?"
     rf"(?:{_NUMBER}\s*s(?:ec)?\s*)?(?:{_NUMBER}\s*ms)?",
     re.IGNORECASE,

@@ -6,7 +6,6 @@ The status follows from one table, the cause from the rules, and the figures fro
 from __future__ import annotations
 
 import platform
-import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,6 +44,7 @@ from safe_exec.model.verdict import (
     Verdict,
 )
 from safe_exec.notebook.inputs import NotebookInputs
+from safe_exec.patterns import lazy_pattern
 from safe_exec.sandbox.plan import SpawnPlan
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ STATUS_OF: Mapping[type[Any], Status] = {
 STDERR_TAIL = 4000
 # Of a local variable.
 LONGEST_VALUE = 200
-_PLUMBING = re.compile(r"/(?:IPython|ipykernel|decorator)/|/decorator\.py$")
+_PLUMBING = lazy_pattern(r"/(?:IPython|ipykernel|decorator)/|/decorator\.py$")
 
 
 def cause_of(

@@ -16,18 +16,19 @@ from msgspec import Struct
 from safe_exec.keeper.protocol import FaultingThread
 from safe_exec.kernel.fault_site import read_site
 from safe_exec.model.evidence import FaultReport, Frame
+from safe_exec.patterns import lazy_pattern
 
 if TYPE_CHECKING:
     from safe_exec.kernel.cell_code import CellCode
 
-_THREAD = re.compile(
+_THREAD = lazy_pattern(
     r"^(Current thread|Thread) 0x([0-9a-fA-F]+)(?: \[.*\])? \(most recent call first\):"
 )
-_FRAME = re.compile(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$')
-_TITLE = re.compile(r"^Fatal Python error: (.*)$", re.MULTILINE)
+_FRAME = lazy_pattern(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$')
+_TITLE = lazy_pattern(r"^Fatal Python error: (.*)$", re.MULTILINE)
 # Our own wrappers around ipykernel's functions. Their frames appear between a cell and a cell that
 # it runs.
-_OURS = re.compile(r"/safe_exec/agent/\w+\.py$")
+_OURS = lazy_pattern(r"/safe_exec/agent/\w+\.py$")
 # faulthandler cuts off file names at this length.
 LONGEST = 500
 

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import fcntl
 import os
-import re
 import stat as st
 import struct
 import termios
@@ -27,6 +26,7 @@ from safe_exec.kernel.blocked import (
 )
 from safe_exec.model.ending import ExitStatus
 from safe_exec.model.observed import EndedChild, ObservedProcess
+from safe_exec.patterns import lazy_pattern
 
 MOST_PROCESSES = 64
 MOST_THREADS = 32
@@ -36,10 +36,10 @@ LONGEST_COMMAND = 120
 SYS_PIDFD_GETFD = 438
 WRITES = ("write", "writev", "splice", "sendto", "sendmsg")
 
-_SECRET_OPTION = re.compile(
+_SECRET_OPTION = lazy_pattern(
     r"(?i)(?:pass(?:word|wd|phrase)?|token|secret|credentials?|api[-_]?key|private[-_]?key|auth)$"
 )
-_USER_INFO = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
+_USER_INFO = lazy_pattern(r"(://[^/\s:@]*:)[^/\s@]+@")
 MASK = "***"
 
 

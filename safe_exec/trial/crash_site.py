@@ -23,6 +23,7 @@ from safe_exec.kernel.fault_report import (
 )
 from safe_exec.model.ending import CellError, CellFailed, Died, Ending, StartFailed, TimedOut
 from safe_exec.model.evidence import CellLocation, FaultReport, Frame
+from safe_exec.patterns import lazy_pattern
 from safe_exec.trial.printed import without_colours
 from safe_exec.trial.scripts import header_line, script_line
 
@@ -32,13 +33,13 @@ if TYPE_CHECKING:
 RECENT_CHARACTERS = 65536
 # Seconds before the end from which a stack still says where it was.
 DUMP_AGE = 1.0
-_CELL_LINE = re.compile(
+_CELL_LINE = lazy_pattern(
     r"(?:Cell |<ipython-)?[Ii]n(?:put)?[ -]*\[?(\d+)[\]-][^\n]*?, line:? ?(\d+)"
 )
-_ARROW = re.compile(r"^-+> (\d+) ", re.MULTILINE)
-_MAGIC = re.compile(r"^([ \t]*)[%!].*$", re.MULTILINE)
-_DEBUGGER_CALL = re.compile(r"\b(?:set_trace|breakpoint)\(")
-_SYNTAX_LINE = re.compile(
+_ARROW = lazy_pattern(r"^-+> (\d+) ", re.MULTILINE)
+_MAGIC = lazy_pattern(r"^([ \t]*)[%!].*$", re.MULTILINE)
+_DEBUGGER_CALL = lazy_pattern(r"\b(?:set_trace|breakpoint)\(")
+_SYNTAX_LINE = lazy_pattern(
     r"\(<?[^()\n]*>?, line (\d+)\)\s*$|^ *File \"?<tokenize>\"?(?::|, line )(\d+)", re.MULTILINE
 )
 

@@ -5,15 +5,15 @@ The agent sees no audit events of such code.
 
 from __future__ import annotations
 
-import re
+from safe_exec.patterns import lazy_pattern
 
 # Longer lines are cut in the evidence.
 LONGEST_TEXT = 200
 # Commands of a shell, and calls of R and JavaScript.
-KILLING = re.compile(
+KILLING = lazy_pattern(
     r"(?:^|[\s;&|('\"])(?:p?kill|killall|pskill|tools::pskill|Deno\.kill|process\.kill)\b"
 )
-SCRIPT = re.compile(r"%%(?:bash|sh|script|system|ruby|perl|cmd|!)|%%!")
+SCRIPT = lazy_pattern(r"%%(?:bash|sh|script|system|ruby|perl|cmd|!)|%%!")
 
 
 def kill_command(source: str, *, python: bool) -> tuple[int, str] | None:

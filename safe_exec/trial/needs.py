@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from safe_exec.model.ending import CellError
 from safe_exec.model.evidence import NeedKind, Raised
+from safe_exec.patterns import lazy_pattern
 
 # Each need costs system calls outside, and the notebook chooses their number.
 MOST_NEEDS = 60
@@ -29,21 +30,21 @@ REFUSALS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 QUOTES = "'\"`\u2018\u2019\u201c\u201d"
 # As Python, Rust (polars, ruff, uv) and HDF5 write it.
-_NUMBER = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)|\berrno ?[=:]? ?(\d+)")
+_NUMBER = lazy_pattern(r"\[Errno (\d+)\]|\(os error (\d+)\)|\berrno ?[=:]? ?(\d+)")
 
 # The same as strerror(3) and libraries word it: SQLite, HDF5, DuckDB, Arrow, GDAL, R, shells.
 _WORDS: tuple[tuple[int, re.Pattern[str]], ...] = (
-    (errno.EROFS, re.compile(r"[Rr]ead-only file ?system|readonly database|EROFS")),
+    (errno.EROFS, lazy_pattern(r"[Rr]ead-only file ?system|readonly database|EROFS")),
     (
         errno.EACCES,
-        re.compile(
+        lazy_pattern(
             r"[Pp]ermission denied|[Oo]peration not permitted|[Aa]ccess denied|not "
             r"writ[e]?able|EACCES|EPERM"
         ),
     ),
     (
         errno.ENOENT,
-        re.compile(
+        lazy_pattern(
             r"[Nn]o such file|[Nn]ot found\b|[Dd]oes not exist|[Dd]oesn't exist|[Dd]o not "
             r"exist|ENOENT"
             r"|(?:[Cc]annot|[Cc]an't|[Cc]ould(?: not|n't)|[Uu]nable to|[Ff]ailed to)(?: \w+ly)? "
@@ -61,7 +62,7 @@ _BY_NAME = {
 
 # Quotes of each kind by themselves: R puts one kind into another.
 _QUOTED = tuple(
-    re.compile(pattern)
+    lazy_pattern(pattern)
     for pattern in (
         r"(?:\bb|(?<!\w))'([^'\n]{1,1000})'",
         r'"([^"\n]{1,1000})"',
@@ -70,48 +71,48 @@ _QUOTED = tuple(
         r"`([^`'\n]{1,1000})[`']",
     )
 )
-_PATH_LIKE = re.compile(r"[/\\]|\.\w{1,8}$")
-_BARE = re.compile(
+_PATH_LIKE = lazy_pattern(r"[/\\]|\.\w{1,8}$")
+_BARE = lazy_pattern(
     r"(?:^|(?<=[\s(=:,<\[|]))((?:~|\.{1,2})?/[^\s'\"\u2018\u2019\u201c\u201d`,;:)\]>|]+)"
 )
 # `cat: my file.csv: No such file or directory`: a name with blanks, or without a slash.
-_BEFORE = re.compile(
+_BEFORE = lazy_pattern(
     r"(?:^|: |\d: )([^:\n]{1,400}): (?:[Nn]o such file|[Pp]ermission denied|[Rr]ead-only file"
     r"|[Oo]peration not permitted|[Nn]ot found)"
 )
 # How a shell begins its complaints.
-_SHELL = re.compile(r"^\s*\S*sh: (?:(?:line )?\d+: )?")
+_SHELL = lazy_pattern(r"^\s*\S*sh: (?:(?:line )?\d+: )?")
 # As bash, dash, zsh, fish and which(1) write it.
-_COMMAND = re.compile(
+_COMMAND = lazy_pattern(
     r"command not found: ([\w.+-]{1,100})|(?:^|: |\d: )([\w.+-]{1,100}): (?:command )?not "
     r"found(?!:)"
     r"|[Uu]nknown command:? [\"'`]?([\w.+-]{1,100})|\bno ([\w.+-]{1,100}) in \("
 )
 # As Python and R write it.
-_MODULE = re.compile(
+_MODULE = lazy_pattern(
     r"No module named ['\"]?([\w.]{1,200})|there is no package called "
     r"[\u2018'\"\u201c]([\w.]{1,100})"
 )
-_NAME = re.compile(r"\b[A-Za-z_][A-Za-z0-9_]{3,}\b")
-_ABOUT_VARIABLES = re.compile(
+_NAME = lazy_pattern(r"\b[A-Za-z_][A-Za-z0-9_]{3,}\b")
+_ABOUT_VARIABLES = lazy_pattern(
     r"environ|\benv(?:ar|var)?s?\b|variable|unbound|\b(?:un|not )?set\b|missing|required|not "
     r"found|token|credential|api[ _]?key|secret",
     re.IGNORECASE,
 )
-_NONE = re.compile(r"\bNone(?:Type)?\b")
-_GETENV = re.compile(
+_NONE = lazy_pattern(r"\bNone(?:Type)?\b")
+_GETENV = lazy_pattern(
     r"(?:(?P<target>[A-Za-z_]\w*)\s*=[^=\n]*?)?(?:getenv"
     r"|environ\.get)\(\s*['\"](?P<name>[A-Za-z_]\w*)['\"]\s*(?:,\s*None\s*)?\)"
 )
 # Calls that answer with nothing, and raise no error, where there is nothing of that name (glob,
 # os, pathlib).
-_ASKS_ABOUT = re.compile(
+_ASKS_ABOUT = lazy_pattern(
     r"(?:\b(?P<target>[A-Za-z_]\w*)[ \t]*=(?!=)[^\n]*?)?"
     r"(?:\bPath\(\s*[rb]?['\"](?P<path>[^'\"{}\n]+)['\"]\s*\)\s*\.)?"
     r"\b(?:r?i?glob|walk|iterdir|exists|isfile|isdir|is_file|is_dir)"
     r"\(\s*(?:[rb]?['\"](?P<name>[^'\"{}\n]+)['\"])?"
 )
-_RAISES = re.compile(r"^\s*(?:raise|assert)\b", re.MULTILINE)
+_RAISES = lazy_pattern(r"^\s*(?:raise|assert)\b", re.MULTILINE)
 # Errors that do not come from a list that is empty.
 UNLIKE_EMPTY = frozenset(
     {
@@ -128,7 +129,7 @@ UNLIKE_EMPTY = frozenset(
 )
 # As the system, urllib3, curl, wget, git, apt, R, Node and Rust write it (connect(2),
 # gai_strerror(3)) where there is only loopback.
-UNREACHABLE = re.compile(
+UNREACHABLE = lazy_pattern(
     r"Network is unreachable|Temporary failure in name resolution|Name or service not known|No "
     r"address associated with hostname"
     r"|getaddrinfo failed|[Ff]ailed to resolve|NameResolutionError|[Cc]ould not resolve host"
@@ -137,31 +138,31 @@ UNREACHABLE = re.compile(
     r"resolving|ENETUNREACH|EAI_AGAIN|dns error"
 )
 # As strerror(3) and clients of databases and services word ECONNREFUSED.
-CONNECTION_REFUSED = re.compile(
+CONNECTION_REFUSED = lazy_pattern(
     r"[Cc]onnection refused|ECONNREFUSED|\[Errno 111\]|os error 111\b|[Ff]ailed to connect"
     r"|[Cc](?:an't|annot|ouldn't|ould not) connect"
 )
 # ``localhost:6379``, ``host='localhost', port=5000``, ``"127.0.0.1", port 5432``.
-_LOCAL_PORT = re.compile(
+_LOCAL_PORT = lazy_pattern(
     r"(?<![\w.])(localhost|127(?:\.\d{1,3}){3}|::1)\]?['\"]?"
     r"(?::|[,) ]{0,3}port[ =:]{0,2})['\"]?(\d{2,5})\b"
 )
-_LOOPBACK = re.compile(r"localhost|127(?:\.\d{1,3}){3}|::1")
+_LOOPBACK = lazy_pattern(r"localhost|127(?:\.\d{1,3}){3}|::1")
 # As pip and uv write it, asked to be quiet, where they cannot reach their index, or it has no such
 # package.
-_NO_PACKAGE = re.compile(
+_NO_PACKAGE = lazy_pattern(
     r"\(from versions: none\)|No matching distribution found|not found in the package registry"
 )
-_HOST = re.compile(
+_HOST = lazy_pattern(
     r"(?:host: |host='|resolve(?: host)?(?: address)?:? ['\"\u2018]?"
     r"|https?://(?:[^/@\s]*@)?)([A-Za-z0-9.-]{1,253})"
 )
-_WRITES = re.compile(
+_WRITES = lazy_pattern(
     r"\b(?:write|save|dump|mkdir|makedirs|touch|export)|\bto_[a-z]+\("
     r"""|['"][wax]b?\+?['"]|(?<!-)>|\b(?:cp|mv|tee|install)\b|create""",
     re.IGNORECASE,
 )
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_ANSI = lazy_pattern(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class Need(Struct, frozen=True, kw_only=True):

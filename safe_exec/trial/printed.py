@@ -6,11 +6,15 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from safe_exec.patterns import lazy_pattern
+
 LONGEST_TEXT = 8000
 # What threading and multiprocessing print before a traceback.
-BEGIN = re.compile(r"^(?:Exception in thread .+|Process \S*(?:Process|Worker)\S*):$", re.MULTILINE)
+BEGIN = lazy_pattern(
+    r"^(?:Exception in thread .+|Process \S*(?:Process|Worker)\S*):$", re.MULTILINE
+)
 # Python 3.13 and newer print tracebacks in colours where FORCE_COLOR is set, as ipykernel does.
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_COLOURS = lazy_pattern(r"\x1b\[[0-9;]*m")
 
 
 def without_colours(text: str) -> str:

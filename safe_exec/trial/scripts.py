@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import re
 
-_HEADER = re.compile(r"\s*%%(\S+)(.*)")
+from safe_exec.patterns import lazy_pattern
+
+_HEADER = lazy_pattern(r"\s*%%(\S+)(.*)")
 _MESSAGES = (
     # CPython's traceback: of the frames of the script the innermost is printed last.
-    re.compile(r'^ *File "<stdin>", line (\d+)', re.MULTILINE),
+    lazy_pattern(r'^ *File "<stdin>", line (\d+)', re.MULTILINE),
     # Perl.
-    re.compile(r" at - line (\d+)[.,]"),
+    lazy_pattern(r" at - line (\d+)[.,]"),
     # Ruby.
-    re.compile(r"^-:(\d+):in ", re.MULTILINE),
+    lazy_pattern(r"^-:(\d+):in ", re.MULTILINE),
     # Node.
-    re.compile(r"^\[stdin\]:(\d+)$", re.MULTILINE),
+    lazy_pattern(r"^\[stdin\]:(\d+)$", re.MULTILINE),
 )
-_SHELL_MESSAGE = re.compile(r"^(?:/\S*/)?(?:ba|da|z|k)?sh: (?:line )?(\d+): (.*)$", re.MULTILINE)
-_ENDS_A_SHELL = re.compile(
+_SHELL_MESSAGE = lazy_pattern(r"^(?:/\S*/)?(?:ba|da|z|k)?sh: (?:line )?(\d+): (.*)$", re.MULTILINE)
+_ENDS_A_SHELL = lazy_pattern(
     r"syntax error|[Uu]nterminated|unbound variable|parameter not set|bad substitution"
 )
-_STOPS_AT_ERRORS = re.compile(r"^\s*set +(?:-\w*e|-o +errexit)", re.MULTILINE)
-_E_OPTION = re.compile(r"\s-\w*e")
+_STOPS_AT_ERRORS = lazy_pattern(r"^\s*set +(?:-\w*e|-o +errexit)", re.MULTILINE)
+_E_OPTION = lazy_pattern(r"\s-\w*e")
 
 
 def script_line(source: str, text: str) -> int | None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from msgspec import Struct
 from msgspec.structs import replace
 
+from safe_exec import patterns
 from safe_exec.errors import EnforcementError, OutputPathError, SafeExecError
 from safe_exec.files import OutputDirectory, ReservedSpace, one_line, read_regular
 from safe_exec.limits import profiles
@@ -54,6 +55,8 @@ _NEEDED_LATER = (
 )
 _SENT_SECONDS = 0.001
 """A delay after which the first cell has been sent."""
+# From then on the time to compile the patterns of rules is no longer missed.
+_LONG_SECONDS = 1.0
 SEARCH_WARNING = "no search for the culprits"
 
 
@@ -653,8 +656,16 @@ def _read_ahead() -> EventSink:
                 asyncio.get_running_loop().call_later(
                     _SENT_SECONDS * (1 + number), import_module, name
                 )
+            asyncio.get_running_loop().call_later(_LONG_SECONDS, _compile_ahead)
 
     return sink
+
+
+def _compile_ahead() -> None:
+    """Compile the rules' patterns, one per tick, in a run that has lasted for a while."""
+    # A run that dies sooner compiles the few that its death needs.
+    if patterns.compile_next():
+        asyncio.get_running_loop().call_later(_SENT_SECONDS, _compile_ahead)
 
 
 def _fan_out(sinks: tuple[EventSink, ...], mask: Mask) -> EventSink:

@@ -22,6 +22,7 @@ from safe_exec.diagnosis.context import (
 from safe_exec.model.ending import CellError, CellFailed, Died
 from safe_exec.model.evidence import Volume
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
+from safe_exec.patterns import lazy_pattern
 from safe_exec.units import format_size
 
 SCARCE_BYTES = 4 << 20
@@ -33,7 +34,7 @@ FULL_SHARE = 0.01
 FILLED_BYTES = 64 << 10
 MOST_WORDS = 200
 
-FULL = re.compile(
+FULL = lazy_pattern(
     r"No space left on device|Disk quota exceeded|\bENOSPC\b|\[Errno (?:28|122)\]|os error "
     r"28\b|errno ?= ?28\b"  # strerror(3); Rust; HDF5
     r"|database or disk is full"  # SQLite, SQLITE_FULL (result codes)
@@ -44,7 +45,7 @@ FULL = re.compile(
     r")?full"  # conda, pip, Arrow, GDAL, R
 )
 # HDF5, netCDF, GDAL, R and programs, of a write that did not end well for whatever reason.
-FAILED_WRITE = re.compile(
+FAILED_WRITE = lazy_pattern(
     r"(?:write|flush|close|extend|save|dump)\w* (?:failed|error)|failed to (?:write|flush"
     r"|close|save|extend|finalize)"
     r"|[Cc](?:an't|annot) (?:\w+ly )?(?:write|extend|flush|close|save)|error writing|[Ss]hort "
@@ -52,7 +53,7 @@ FAILED_WRITE = re.compile(
     r"|[Uu]nable to (?:\w+ly )?(?:write|flush|close|extend|create)|[Ii]nput/output error"
 )
 # pandas, numpy, json and others, of a file of which only the beginning was written.
-UNFINISHED = re.compile(
+UNFINISHED = lazy_pattern(
     r"truncated|Ran out of input|not a zip file|[Bb]ad magic number|unexpected end of"
     r"|[Uu]nexpected EOF"  # pickle, zipfile, tarfile
     r"|ended before the end-of-stream marker|[Mm]agic bytes not found|[Ff]ile size is 0 bytes"

@@ -21,6 +21,7 @@ from safe_exec.diagnosis.context import (
 )
 from safe_exec.model.ending import CellFailed, Died
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
+from safe_exec.patterns import lazy_pattern
 from safe_exec.units import format_size
 
 # From this share of the run's own memory limit on it cannot be told whose limit it was.
@@ -53,7 +54,7 @@ CARD = (
 ENGINES: tuple[Engine, ...] = (
     # DuckDB: src/storage/standard_buffer_manager.cpp and temporary_memory_manager.
     Engine(
-        pattern=re.compile(r"failed to offload data block.*\([^()]*/(?P<limit>[^()/]+) used\)"),
+        pattern=lazy_pattern(r"failed to offload data block.*\([^()]*/(?P<limit>[^()/]+) used\)"),
         noun="DuckDB's own limit for temporary files (max_temp_directory_size)",
         setting="max_temp_directory_size",
         advice="Raise it with SET max_temp_directory_size = '...', or write less: fewer threads "
@@ -61,7 +62,7 @@ ENGINES: tuple[Engine, ...] = (
         kind=CauseKind.DISK_FULL,
     ),
     Engine(
-        pattern=re.compile(
+        pattern=lazy_pattern(
             r"Out of Memory Error: (?:could not|[Ff]ailed to) "
             r"allocate[^()]*\([^()]*/(?P<limit>[^()/]+) used\)"
             r"|Out of Memory Error: (?:could not|[Ff]ailed to) allocate block of \S+ bytes(?! "
@@ -78,7 +79,7 @@ ENGINES: tuple[Engine, ...] = (
     ),
     # polars: crates/polars-ooc.
     Engine(
-        pattern=re.compile(r"exceeded the out-of-core disk budget"),
+        pattern=lazy_pattern(r"exceeded the out-of-core disk budget"),
         noun="the disk budget of polars (POLARS_OOC_DISK_BUDGET_MB)",
         setting="POLARS_OOC_DISK_BUDGET_MB",
         advice="Raise POLARS_OOC_DISK_BUDGET_MB before polars is imported, or give the query "
@@ -87,7 +88,7 @@ ENGINES: tuple[Engine, ...] = (
     ),
     # PyTorch: c10/cuda/CUDACachingAllocator.cpp, and the same for ROCm and MPS.
     Engine(
-        pattern=re.compile(
+        pattern=lazy_pattern(
             r"(?:CUDA|HIP|XPU|MPS backend) out of memory(?:.*?total capacity of "
             r"(?P<limit>[\d.]+ [KMGT]iB))?",
             re.DOTALL,
@@ -97,7 +98,7 @@ ENGINES: tuple[Engine, ...] = (
     ),
     # CuPy: cupy/cuda/memory.pyx.
     Engine(
-        pattern=re.compile(
+        pattern=lazy_pattern(
             r"[Oo]ut of memory allocating [\d,]+ bytes \(allocated so far: [\d,]+ bytes, limit "
             r"set to: (?P<limit>[\d,]+ bytes)\)"
         ),
@@ -107,7 +108,7 @@ ENGINES: tuple[Engine, ...] = (
         "blocks of the pool (free_all_blocks()).",
     ),
     Engine(
-        pattern=re.compile(
+        pattern=lazy_pattern(
             r"[Oo]ut of memory allocating [\d,]+ bytes \(allocated so far|out of memory to "
             r"allocate \d+ bytes"
         ),
@@ -116,7 +117,7 @@ ENGINES: tuple[Engine, ...] = (
     ),
     # CUDA's own names: cudaError_t and CUresult, as numba, CuPy, RAPIDS and others show them.
     Engine(
-        pattern=re.compile(
+        pattern=lazy_pattern(
             r"cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|CUBLAS_STATUS_ALLOC_FAILED"
             r"|std::bad_alloc: out_of_memory: CUDA"
         ),
@@ -125,7 +126,7 @@ ENGINES: tuple[Engine, ...] = (
     ),
     # TensorFlow and JAX: the allocator of a device (BFC); that of the processor is the system's.
     Engine(
-        pattern=re.compile(
+        pattern=lazy_pattern(
             r"(?:RESOURCE_EXHAUSTED|ResourceExhaustedError)(?!.*(?:device:CPU|allocator "
             r"cpu)).*(?:[Oo]ut of memory|OOM|allocat)",
             re.DOTALL,
@@ -136,7 +137,7 @@ ENGINES: tuple[Engine, ...] = (
     # The JVM: java.lang.OutOfMemoryError (Java SE, Troubleshooting Guide), through py4j, JPype or a
     # program's output.
     Engine(
-        pattern=re.compile(
+        pattern=lazy_pattern(
             r"java\.lang\.OutOfMemoryError: (?:Java heap space|GC overhead limit exceeded"
             r"|Metaspace|PermGen space|Direct buffer memory"
             r"|Requested array size exceeds VM limit)"
@@ -149,7 +150,7 @@ ENGINES: tuple[Engine, ...] = (
         ),
     ),
     Engine(
-        pattern=re.compile(
+        pattern=lazy_pattern(
             r"is bigger than (?:local maxResultSize|spark\.driver\.maxResultSize)(?: "
             r"\(?(?P<limit>[\d.]+ [KMGT]iB)\)?)?"
         ),
@@ -160,7 +161,7 @@ ENGINES: tuple[Engine, ...] = (
     ),
     # R: src/main/memory.c, R_MaxVSize.
     Engine(
-        pattern=re.compile(
+        pattern=lazy_pattern(
             r"vector memory (?:exhausted|limit of (?P<limit>[\d.]+ [KMGT]b) reached)"
         ),
         noun="R's own limit for vectors",
@@ -170,14 +171,14 @@ ENGINES: tuple[Engine, ...] = (
     ),
     # DataFusion, and Lance and others on it: datafusion/execution/src/memory_pool.
     Engine(
-        pattern=re.compile(r"Resources exhausted: .*[Ff]ailed to allocate additional", re.DOTALL),
+        pattern=lazy_pattern(r"Resources exhausted: .*[Ff]ailed to allocate additional", re.DOTALL),
         noun="the memory pool of DataFusion",
         advice="Raise the limit of its memory pool (with_fair_spill_pool, "
         "with_greedy_memory_pool), or let it spill to disk.",
     ),
     # ClickHouse and chDB: src/Common/MemoryTracker.cpp.
     Engine(
-        pattern=re.compile(
+        pattern=lazy_pattern(
             r"Memory limit \((?:total|for query|for user)\) exceeded.*?maximum: "
             r"(?P<limit>[\d.]+ [KMGT]?i?B)",
             re.DOTALL,
@@ -189,7 +190,7 @@ ENGINES: tuple[Engine, ...] = (
     # Dask: distributed/worker_memory.py, which prints it and has the task fail with KilledWorker
     # later.
     Engine(
-        pattern=re.compile(r"exceeded \d+% memory budget"),
+        pattern=lazy_pattern(r"exceeded \d+% memory budget"),
         noun="the memory limit of a Dask worker",
         setting="memory_limit",
         advice="Raise memory_limit of the workers, or have fewer of them; all together must "
@@ -197,7 +198,7 @@ ENGINES: tuple[Engine, ...] = (
     ),
     # Ray: src/ray/common/memory_monitor.
     Engine(
-        pattern=re.compile(r"due to the node running low on memory|memory usage threshold"),
+        pattern=lazy_pattern(r"due to the node running low on memory|memory usage threshold"),
         noun="the memory threshold of Ray",
         setting="RAY_memory_usage_threshold",
         advice="Raise RAY_memory_usage_threshold, or run fewer tasks at a time (num_cpus of a "
@@ -208,7 +209,7 @@ ENGINES: tuple[Engine, ...] = (
 # The fact that names the setting: the cell in which it stands is the one to read first.
 SETTING = "set by"
 # What polars writes to stderr before it aborts the process (crates/polars-ooc, global_alloc).
-POLARS_ABORTS = re.compile(r"memory usage exceeded POLARS_OOMKILL_THRESHOLD")
+POLARS_ABORTS = lazy_pattern(r"memory usage exceeded POLARS_OOMKILL_THRESHOLD")
 
 
 def own_limit(context: Context) -> Cause | None:
@@ -250,7 +251,7 @@ def _cause(context: Context, engine: Engine, match: re.Match[str], source: str) 
     )
 
 
-BELOW = re.compile(r" \(below --memory\)|[,;][^,;]* below --memory(?=[.;])")
+BELOW = lazy_pattern(r" \(below --memory\)|[,;][^,;]* below --memory(?=[.;])")
 
 
 def _advice(context: Context, engine: Engine) -> str:

@@ -16,13 +16,14 @@ from safe_exec.model.ending import CellFailed
 from safe_exec.model.evidence import Access, IsolationConflict, NeedKind
 from safe_exec.model.limits import Mechanism, Wall
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
+from safe_exec.patterns import lazy_pattern
 
 # A path in an environment of Python's: its prefix, and the first name below its packages.
-PACKAGES = re.compile(
+PACKAGES = lazy_pattern(
     r"^(/.+?)/lib(?:64)?/(?:python[\d.]+|pypy[\d.]+)/(?:site|dist)-packages(?:/([^/]+))?"
 )
 # What pip, uv and conda write where their index cannot be reached.
-INSTALLER = re.compile(
+INSTALLER = lazy_pattern(
     r"\bpip\b|/simple/|pypi|conda|urllib3|retrying|distribution|requirement|index|package",
     re.IGNORECASE,
 )

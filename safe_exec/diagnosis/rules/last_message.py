@@ -16,6 +16,7 @@ from msgspec import Struct
 from safe_exec.diagnosis.context import inside
 from safe_exec.model.evidence import Channel, Evidence, OutputBurst
 from safe_exec.model.verdict import Fact
+from safe_exec.patterns import lazy_pattern
 
 # Native code seldom writes: its last message may be so old, as some write a stack trace or wait
 # before they abort.
@@ -41,14 +42,14 @@ SOURCES = {
     Channel.STDOUT: "the cell's stdout",
 }
 
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")
-_CONTROLS = re.compile(
+_ESCAPES = lazy_pattern(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")
+_CONTROLS = lazy_pattern(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]"
 )
 # A progress bar as tqdm draws it; it has no line end, so a message may follow on its line.
-_BAR = re.compile(r"^.*?\d{1,3}%\|[^|]*\|[^\[\]]*\[[^\]]*\]")
-_WARNING = re.compile(r"^(?:\S.*:\d+: )?\w*Warning: ")
-_FRAME = re.compile(
+_BAR = lazy_pattern(r"^.*?\d{1,3}%\|[^|]*\|[^\[\]]*\[[^\]]*\]")
+_WARNING = lazy_pattern(r"^(?:\S.*:\d+: )?\w*Warning: ")
+_FRAME = lazy_pattern(
     # gdb and sanitizers, glog, mxnet, rust, torch
     r"^\s*(?:#\d+\s|@\s+0x|\[bt\]|\d+:\s+0x|frame #\d+)"
     r"|\[0x[0-9a-fA-F]+\]\s*$"  # backtrace(3)
@@ -59,11 +60,11 @@ _FRAME = re.compile(
     r"|^(?:Current thread|Thread) 0x[0-9a-f]+|^\s+<no Python frame>|^Extension modules: "
     r"|^Python runtime state: "
 )
-_PLAIN_FAULT = re.compile(
+_PLAIN_FAULT = lazy_pattern(
     r"^Fatal Python error: (?:Aborted|Segmentation fault|Bus error|Illegal instruction"
     r"|Floating.point exception)$"
 )
-_HEX = re.compile(r"\b(?:0x)?[0-9a-fA-F]{8,16}\b")
+_HEX = lazy_pattern(r"\b(?:0x)?[0-9a-fA-F]{8,16}\b")
 # A line with so many addresses is a dump of registers or of memory.
 _MOST_HEX = 3
 _TRACEBACK = "Traceback (most recent call last):"

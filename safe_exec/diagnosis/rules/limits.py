@@ -5,7 +5,6 @@ Output, processes, open files, file size, disk, calls.
 
 from __future__ import annotations
 
-import re
 import signal
 
 from safe_exec.diagnosis.context import (
@@ -19,6 +18,7 @@ from safe_exec.diagnosis.context import (
 from safe_exec.model.ending import CellError, CellFailed, Died, LimitHit
 from safe_exec.model.limits import LimitName
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
+from safe_exec.patterns import lazy_pattern
 from safe_exec.units import format_size
 
 # The exceptions that carry an error number of the system.
@@ -38,13 +38,15 @@ OS_ERRORS = (
     "ProcessLookupError",
 )
 # What a shell says.
-FORK_REFUSED = re.compile(r"fork: (retry|Resource)|cannot fork")
+FORK_REFUSED = lazy_pattern(r"fork: (retry|Resource)|cannot fork")
 
 # What shells, compilers and libraries say of a program that SIGXFSZ or EFBIG ended.
-FILE_REFUSED = re.compile(r"\bFile size limit exceeded|\[Errno 27\]|\bFile too large\b|\bSIGXFSZ\b")
+FILE_REFUSED = lazy_pattern(
+    r"\bFile size limit exceeded|\[Errno 27\]|\bFile too large\b|\bSIGXFSZ\b"
+)
 
 # The last message of libzmq, with the place in its source.
-LIBRARY_REFUSED = re.compile(r"Too many open files \(\S+:\d+\)")
+LIBRARY_REFUSED = lazy_pattern(r"Too many open files \(\S+:\d+\)")
 
 # A failed call frees some of what it had taken, so the count is slightly below the limit.
 NEARLY = 0.9

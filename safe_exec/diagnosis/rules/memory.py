@@ -29,6 +29,7 @@ from safe_exec.model.ending import (
 )
 from safe_exec.model.limits import LimitName, Mechanism
 from safe_exec.model.verdict import Activity, Cause, CauseKind, Confidence, Fact
+from safe_exec.patterns import lazy_pattern
 from safe_exec.units import format_seconds, format_size
 
 # The mode of vm.overcommit_memory in which no more is granted than there is (proc_sys_vm(5)).
@@ -43,7 +44,7 @@ MEMORY_ERRORS = (
     "ArrowMemoryError",
 )
 # As PyTorch, polars, C++ and TensorFlow report it in errors of other names.
-REFUSED_TO_LIBRARY = re.compile(
+REFUSED_TO_LIBRARY = lazy_pattern(
     r"DefaultCPUAllocator: can't allocate memory|\(os error 12\)|std::bad_alloc|\bOOM when "
     r"allocating.*\bcpu\b",
     re.DOTALL,
@@ -51,18 +52,18 @@ REFUSED_TO_LIBRARY = re.compile(
 # The share of the memory from which it is said whose it was.
 MOSTLY = 0.5
 # The same in other languages: R, C++, Julia.
-REFUSED = re.compile(
+REFUSED = lazy_pattern(
     r"\[Errno 12\]|Cannot allocate memory|cannot allocate vector of size|std::bad_alloc|Unable "
     r"to allocate "
 )
 
 # The last line of a Python program's traceback, and what the system and C++ say.
-PROGRAM_REFUSED = re.compile(
+PROGRAM_REFUSED = lazy_pattern(
     r"^(?:\w+\.)*_?(?:Array)?MemoryError\b|\[Errno 12\]|Cannot allocate memory|std::bad_alloc"
 )
 
 # How numpy says what it asked for.
-ASKED_FOR = re.compile(r"Unable to allocate (\d+(?:\.\d+)?) ([KMGTPE]iB)")
+ASKED_FOR = lazy_pattern(r"Unable to allocate (\d+(?:\.\d+)?) ([KMGTPE]iB)")
 UNITS = {
     unit: 1 << 10 * power
     for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"), 1)

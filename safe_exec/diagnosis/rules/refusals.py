@@ -16,13 +16,14 @@ from safe_exec.diagnosis.rules.last_message import last_message
 from safe_exec.model.ending import CellError, CellFailed, Died
 from safe_exec.model.limits import LimitName
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
+from safe_exec.patterns import lazy_pattern
 
 # From this share of a limit on, it counts as reached: a failed call frees some of what it had
 # taken.
 NEARLY = 0.9
 MOST_WORDS = 300
 
-THREAD_REFUSED = re.compile(
+THREAD_REFUSED = lazy_pattern(
     # Rust's rayon and tokio, libgomp, OpenBLAS, libc++, Go, the JVM, TBB
     r"ThreadPoolBuildError|[Tt]hread (?:creation|constructor) failed|pthread_create|newosproc"
     r"|(?:could not|couldn't|can't|cannot|unable to|failed to) (?:create|start|spawn"
@@ -30,11 +31,11 @@ THREAD_REFUSED = re.compile(
     re.IGNORECASE,
 )
 # EAGAIN (strerror(3)). Sockets, pipes and locks give it, too.
-TRY_AGAIN = re.compile(r"Resource temporarily unavailable|\bEAGAIN\b|os error 11\b|\[Errno 11\]")
+TRY_AGAIN = lazy_pattern(r"Resource temporarily unavailable|\bEAGAIN\b|os error 11\b|\[Errno 11\]")
 
 # Words of SQLite, HDF5, GDAL, libraries of sockets and others, for a file or socket that could not
 # be opened.
-DESCRIPTOR_WANTED = re.compile(
+DESCRIPTOR_WANTED = lazy_pattern(
     # multiprocessing: a descriptor that was passed did not arrive (recvmsg(2), MSG_CTRUNC)
     r"items of ancdata"
     r"|(?:unable to|could not|couldn't|can't|cannot|failed to) (?:\w+ly )?(?:open|create|load"
@@ -43,22 +44,22 @@ DESCRIPTOR_WANTED = re.compile(
     re.IGNORECASE,
 )
 
-MAP_REFUSED = re.compile(r"memory|\bmmap|\bmap\b|\bmapp|alloc|\[Errno 12\]", re.IGNORECASE)
-INOTIFY = re.compile(r"inotify", re.IGNORECASE)
+MAP_REFUSED = lazy_pattern(r"memory|\bmmap|\bmap\b|\bmapp|alloc|\[Errno 12\]", re.IGNORECASE)
+INOTIFY = lazy_pattern(r"inotify", re.IGNORECASE)
 WATCHES, INSTANCES = (
     ("watches", "fs.inotify.max_user_watches"),
     ("instances", "fs.inotify.max_user_instances"),
 )
-PARSER_WORDS = re.compile(
+PARSER_WORDS = lazy_pattern(
     r"Parser stack overflowed|s_push: parser stack overflow|too complex to parse"
 )
 # Calls that hand text to Python's parser (ast, sympy, pandas).
-PARSER_CALL = re.compile(
+PARSER_CALL = lazy_pattern(
     r"\b(?:eval|exec|compile|literal_eval|parse|parse_expr|sympify|query)\s*\("
 )
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_ANSI = lazy_pattern(r"\x1b\[[0-9;]*m")
 # The line that a traceback of IPython's points to.
-_RAISED_AT = re.compile(r"^-+> ?\d+ (.*)$", re.MULTILINE)
+_RAISED_AT = lazy_pattern(r"^-+> ?\d+ (.*)$", re.MULTILINE)
 
 
 # --- threads and processes ------------------------------------------------------------------------

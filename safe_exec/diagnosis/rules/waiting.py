@@ -6,7 +6,6 @@ tell that a pool or an executor of processes is awaited. Imports context and mod
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from enum import StrEnum
 
@@ -14,6 +13,7 @@ from msgspec import Struct
 
 from safe_exec.model.evidence import ActivityObservation, Frame
 from safe_exec.model.observed import ObservedLock, ObservedProcess
+from safe_exec.patterns import lazy_pattern
 
 # Processor seconds per second, from which a process computes.
 AT_WORK = 0.5
@@ -65,11 +65,11 @@ FILES_OF_FILE_LOCKS = (
 )
 
 # Processes that Python starts beside the workers: they are always at rest.
-_HELPER = re.compile(
+_HELPER = lazy_pattern(
     r"multiprocessing\.(?:resource_tracker|semaphore_tracker|forkserver)"
     r"|loky\.backend\.resource_tracker"
 )
-_WORKER = re.compile(r"multiprocessing\.spawn|--multiprocessing-fork|popen_loky_posix")
+_WORKER = lazy_pattern(r"multiprocessing\.spawn|--multiprocessing-fork|popen_loky_posix")
 
 
 class Blockage(StrEnum):

@@ -19,6 +19,7 @@ from safe_exec.diagnosis.rules.waiting import (
 )
 from safe_exec.model.evidence import ActivityObservation
 from safe_exec.model.observed import ObservedLock, ObservedProcess
+from safe_exec.patterns import lazy_pattern
 from safe_exec.units import format_size
 
 
@@ -288,9 +289,9 @@ def lock_advice(lock: ObservedLock) -> str:
 
 # --- what threads and workers had printed ---------------------------------------------------------
 
-_THREAD = re.compile(r"^Exception in thread (.+?):$")
-_PROCESS = re.compile(r"^Process (\S*Process\S*|\S*Worker\S*):$")
-_ERROR = re.compile(
+_THREAD = lazy_pattern(r"^Exception in thread (.+?):$")
+_PROCESS = lazy_pattern(r"^Process (\S*Process\S*|\S*Worker\S*):$")
+_ERROR = lazy_pattern(
     r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit|Warning|Failure|Fault)\b.*|^(?:\w+\.)+\w+: .*"
 )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import signal
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +28,7 @@ from safe_exec.model.verdict import (
     Usage,
     Verdict,
 )
+from safe_exec.patterns import lazy_pattern
 from safe_exec.units import format_seconds, format_size
 
 SEPARATOR = " · "
@@ -41,7 +41,7 @@ FRAME_WIDTH = 160
 # Control characters except the line break, characters that reorder or hide text (a bidi override
 # makes code look like other code: CVE-2021-42574), and surrogates, which no encoding takes. The
 # joiners U+200C and U+200D stay, because some scripts need them.
-_HARMFUL = re.compile(
+_HARMFUL = lazy_pattern(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e0fff]"
 )
@@ -371,8 +371,8 @@ def _was_killed(cause: Cause) -> bool:
 
 # --- evidence -------------------------------------------------------------------------------
 
-_SIZE_FACT = re.compile(r"(?:^|_|\b)(?:memory|bytes|size|disk|free|stack[_ ]limit)(?:$|_|\b)")
-_TIME_FACT = re.compile(r"(?:^|_|\b)(?:seconds|time|age|timeout)(?:$|_|\b)")
+_SIZE_FACT = lazy_pattern(r"(?:^|_|\b)(?:memory|bytes|size|disk|free|stack[_ ]limit)(?:$|_|\b)")
+_TIME_FACT = lazy_pattern(r"(?:^|_|\b)(?:seconds|time|age|timeout)(?:$|_|\b)")
 
 
 def fact_line(fact: Fact) -> str:
