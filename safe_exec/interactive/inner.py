@@ -70,7 +70,8 @@ class SessionCells(CellLoop):
     def _is_due(self) -> bool:
         return time.monotonic() - self._looked >= LOOK_SECONDS
 
-    def _begin(self, index: int, cell: Any) -> None:  # noqa: ARG002 - as in the class above
+    def begin(self, index: int) -> None:
+        """Record the start of a cell."""
         if self.session.volumes is not None and self._is_due():
             self.session.volumes.begin()
         self.metrics.begin(index, self.state.now(), self._reading_at_start())
@@ -219,7 +220,7 @@ class Inner(Trial):
         client.begin_cell(self.limits.cell_output)
         client.clear_before_next_output = False
         self._stored, self._cut, self.waits_for_input = 0, False, False
-        self._cells._begin(index, cell)  # noqa: SLF001 - one family of classes
+        self._cells.begin(index)
         self.session.history.begin_cell()
         self._sampling = asyncio.get_running_loop().create_task(self._sample())
 

@@ -172,6 +172,15 @@ def innermost_pid(pid: int) -> int | None:
     return pid
 
 
+def ancestors(pid: int) -> list[int]:
+    """Return the ids of a process's parent, its parent's parent and so on."""
+    pids: list[int] = []
+    while (status := stat(pid)) is not None and status.ppid:
+        pid = status.ppid
+        pids.append(pid)
+    return pids
+
+
 def all_pids() -> list[int]:
     """The ids of all processes that /proc shows."""
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]

@@ -82,6 +82,7 @@ class AgentFacts:
         self.raised: dict[int, deque[ReportedErrors]] = {}
         self.armed = True
         self._cells: dict[int, str] = {}
+        self._numbers: dict[str, int] = {}
         self.code = CellCode(self.index_of)
         self._pipes: dict[str, int] = {}
 
@@ -186,9 +187,11 @@ class AgentFacts:
         if (
             self.client is not None
             and msg_id in self.client.cells_by_request
-            and msg_id not in self._cells.values()
+            and msg_id not in self._numbers
+            and number not in self._cells
         ):
-            self._cells.setdefault(number, msg_id)
+            self._cells[number] = msg_id
+            self._numbers[msg_id] = number
 
     def add_hosts(self, names: Iterable[str]) -> None:
         """Add hosts that the kernel has connected to."""
@@ -203,7 +206,7 @@ class AgentFacts:
 
     def number_of(self, msg_id: str) -> int:
         """The agent's number of the cell for a request; 0 if it has not begun."""
-        return next((number for number, request in self._cells.items() if request == msg_id), 0)
+        return self._numbers.get(msg_id, 0)
 
     def frames(self, rows: Rows) -> tuple[Frame, ...]:
         """Convert the agent's rows to frames with notebook cell indexes."""

@@ -14,6 +14,8 @@ from json.decoder import scanstring  # type: ignore[attr-defined]
 from queue import Empty
 from typing import Any
 
+import msgspec.json
+
 from safe_exec.kernel.connection import Connection
 from safe_exec.kernel.zmtp import Received
 
@@ -53,8 +55,9 @@ class Channel:
         self.overheard: Callable[[dict[str, Any]], None] = lambda _message: None
         self.connection = connection
         self._arrived = asyncio.Event()
-        self._back: list[dict[str, Any]] = []
         self._rested = 0.0
+        self._consumer: Callable[[dict[str, Any]], None] = lambda _message: None
+        self._is_delivering = False
         connection.on_arrival = self._arrived.set
 
     async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:  # noqa: ASYNC109
@@ -62,8 +65,6 @@ class Channel:
 
         Waits for it without end, or raises ``queue.Empty`` after ``timeout`` seconds.
         """
-        if self._back:
-            return self._back.pop()
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             if time.monotonic() - self._rested > TURN_SECONDS:
@@ -91,9 +92,32 @@ class Channel:
         except TimeoutError:
             raise Empty from None
 
-    def put_back(self, message: dict[str, Any]) -> None:
-        """Return this message from the next ``get_msg``."""
-        self._back.append(message)
+    def consume(self, consumer: Callable[[dict[str, Any]], None]) -> None:
+        """Call ``consumer`` with every message from now on, instead of keeping it for ``get_msg``.
+
+        It must not raise.
+        """
+        self._consumer = consumer
+        self.connection.on_arrival = self._deliver
+        self._deliver()
+
+    def _deliver(self) -> None:
+        # ``take`` can parse more messages and so call us again: they come in their turn.
+        if not self._is_delivering:
+            self._is_delivering = True
+            self._deliver_on()
+
+    def _deliver_on(self) -> None:
+        end = time.monotonic() + TURN_SECONDS
+        while (received := self.connection.take()) is not None:
+            message = self._message(received)
+            if message is not None:
+                self.overheard(message)
+                self._consumer(message)
+            if time.monotonic() > end:
+                asyncio.get_running_loop().call_soon(self._deliver_on)
+                return
+        self._is_delivering = False
 
     def _message(self, received: Received) -> dict[str, Any] | None:
         try:
@@ -139,6 +163,19 @@ class Channel:
         }
         return {"header": head, "msg_id": str(head.get("msg_id"))[:200], **remains}
 
+    def request(self, kind: str, content: dict[str, Any]) -> str:
+        """Send a request, as ``send`` would; return its id."""
+        session = self.session
+        header = session.msg_header(kind)
+        try:
+            parts = [msgspec.json.encode(part) for part in (header, {}, {}, content)]
+        except (ValueError, TypeError):
+            # A lone surrogate has no UTF-8. jupyter_client sends it all the same.
+            self.send(session.msg(kind, content, header=header))
+        else:
+            self.connection.send([DELIMITER, session.sign(parts), *parts])
+        return str(header["msg_id"])
+
     def send(self, msg: dict[str, Any]) -> None:
         """Send a message of the session; it is lost if the kernel has gone."""
         self.connection.send([*self.session.serialize(msg), *map(bytes, msg.get("buffers") or ())])
@@ -154,7 +191,7 @@ class Channel:
 
     def is_exhausted(self) -> bool:
         """Whether the other end has closed and all of its messages were taken."""
-        return self.connection.exhausted and not self._back
+        return self.connection.exhausted
 
     def is_alive(self) -> bool:
         """Whether the other end is still connected."""
@@ -168,7 +205,7 @@ def unpacked(session: Any, parts: Sequence[bytes]) -> dict[str, Any]:
     """Parse and verify a message. Raises ValueError and others if it is invalid."""
     # Like Session.deserialize of jupyter_client, but without its search for dates in every text of
     # both headers by dateutil. That search takes two thirds of the time of a message.
-    _, signed = session.feed_identities(list(parts))
+    signed = parts[parts.index(DELIMITER) + 1 :]
     if len(signed) < 5:  # noqa: PLR2004 - signature, header, parent, metadata, content
         raise Refused(f"a message of {len(signed)} parts")
     if len(signed[1]) > HEADER_BYTES or len(signed[2]) > HEADER_BYTES:
@@ -181,9 +218,10 @@ def unpacked(session: Any, parts: Sequence[bytes]) -> dict[str, Any]:
         or not isinstance(header.get("msg_id"), str)
     ):
         raise Refused("its type or id is no text")
+    header["date"] = _date(header.get("date"))
     content = stream_content(signed[4]) if header["msg_type"] == "stream" else None
     message = {
-        "header": header | {"date": _date(header.get("date"))},
+        "header": header,
         "msg_id": header["msg_id"],
         "msg_type": header["msg_type"],
         "parent_header": parent,
@@ -197,7 +235,7 @@ def unpacked(session: Any, parts: Sequence[bytes]) -> dict[str, Any]:
     return message if str(header.get("version", "")).startswith("5.") else _adapted(message)
 
 
-def _demand_signed(session: Any, signed: list[bytes]) -> None:
+def _demand_signed(session: Any, signed: Sequence[bytes]) -> None:
     """Raise Refused unless the signature is valid and was not seen before."""
     if session.auth is None:
         return
@@ -215,7 +253,11 @@ def _unpacked(session: Any, part: bytes) -> Any:
         and _cost_of_structure(part) > MOST_PARSED
     ):
         raise Refused("a message that would take hundreds of megabytes")
-    return session.unpack(part)
+    try:
+        return msgspec.json.decode(part)
+    except (ValueError, RecursionError):
+        # Python's parser accepts more: NaN, lone surrogates, invalid UTF-8.
+        return session.unpack(part)
 
 
 def stream_content(part: bytes) -> dict[str, Any] | None:

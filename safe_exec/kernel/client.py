@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 from collections import deque
 from collections.abc import Callable
-from queue import Empty
 from typing import Any
 
 from nbclient import NotebookClient
-from nbclient.client import CellExecutionComplete
+from nbclient.exceptions import CellExecutionComplete, CellExecutionError, DeadKernelError
 
+from safe_exec.kernel.execution import Execution, sent_at
 from safe_exec.kernel.message_validation import checked, mended_reply
 from safe_exec.kernel.outputs import bounded, join, joins, output_node, remark, size_of
 from safe_exec.kernel.shared_page import Message, Note, Page, Text
@@ -91,21 +90,20 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         self.disbelieved: set[str] = set()
         self.residue: dict[str, str] = {}
         self.on_message: Callable[[int, dict[str, Any]], None] = lambda _index, _message: None
+        self._execution: Execution | None = None
+        self._may_raise = False
+        self._death_watch: asyncio.Task[None] | None = None
 
     # --- death ------------------------------------------------------------------------------------
 
-    async def _async_poll_kernel_alive(self) -> None:
+    async def _fail_after_death(self) -> None:
         """Wait for the death, read the remaining messages, then end the wait for a reply."""
-        # nbclient's own method polls once per second and cancels the output task without draining
-        # iopub, which loses the last outputs of the dying cell.
+        # nbclient polls once per second and cancels the output task without draining iopub, which
+        # loses the last outputs of the dying cell.
         await self.died.wait()
         await self._drained()
-        assert self.task_poll_for_reply is not None
-        # asyncio.wait_for before Python 3.12 can swallow a cancellation that comes in the moment in
-        # which its own wait ends. So cancel until the task is done.
-        while not self.task_poll_for_reply.done():
-            self.task_poll_for_reply.cancel()
-            await asyncio.sleep(LOOK_AGAIN_SECONDS)
+        if self._execution is not None:
+            self._fail(self._execution, DeadKernelError("Kernel died"))
 
     async def _drained(self) -> None:
         """Wait until the socket has ended or has been silent for a moment."""
@@ -129,45 +127,137 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         note = self.note()
         self.previous_cell = note.cell if note else None
 
-    async def _async_poll_output_msg(self, parent_msg_id: str, cell: Any, cell_index: int) -> None:
-        self.running = (parent_msg_id, cell, cell_index)
-        self.cells_by_request[parent_msg_id] = cell_index
-        await super()._async_poll_output_msg(parent_msg_id, cell, cell_index)
+    def listen(self) -> None:
+        """Process the kernel's messages from now on, until ``stop_listening``."""
+        # As callbacks: a task, an event and two turns of the loop for each message would cost more
+        # than the message.
+        self.kc.shell_channel.consume(self._take_reply)
+        self.kc.iopub_channel.consume(self._take_output)
+        self._death_watch = asyncio.create_task(self._fail_after_death())
 
-    async def _async_poll_for_reply(
-        self,
-        msg_id: str,
-        cell: Any,
-        timeout: int | None,  # noqa: ASYNC109 - nbclient's signature
-        outputs: Any,
-        alive: Any,
-    ) -> Any:
-        """Wait for a reply that the shared page confirms; then continue as nbclient does."""
-        # Code in the kernel knows the key and can send a signed reply before its cell has ended.
-        shell = self.kc.shell_channel
-        while True:
-            reply = await shell.get_msg(timeout=None)
-            if _is_reply(reply, msg_id):
-                break
-        reply = await self._believed(reply, msg_id)
-        reply["content"] = mended_reply(reply["content"])
-        shell.put_back(reply)
-        return await super()._async_poll_for_reply(msg_id, cell, timeout, outputs, alive)
+    def stop_listening(self) -> None:
+        """Stop waiting for the death. Can be called again."""
+        if self._death_watch is not None:
+            self._death_watch.cancel()
 
-    async def _believed(self, reply: dict[str, Any], msg_id: str) -> dict[str, Any]:
-        """Return the last reply once the agent has noted the end of the cell.
+    def send_cell(self, cell: Any, index: int) -> asyncio.Future[None]:
+        """Send a cell, as nbclient's ``async_execute_cell`` does.
+
+        The future is done when the reply and the end of the output have arrived. It fails with
+        CellExecutionError for an error that is not allowed, with DeadKernelError after a death.
+        """
+        self._may_raise = not self.force_raise_errors and (
+            self.allow_errors or "raises-exception" in cell.metadata.get("tags", [])
+        )
+        content = {
+            "code": cell.source,
+            "silent": False,
+            "store_history": True,
+            "user_expressions": {},
+            "allow_stdin": self.kc.allow_stdin,
+            "stop_on_error": not self._may_raise,
+        }
+        msg_id = self.kc.shell_channel.request("execute_request", content)
+        self.code_cells_executed += 1
+        cell["metadata"]["execution"] = {}
+        cell.outputs = []
+        self.clear_before_next_output = False
+        self.running = (msg_id, cell, index)
+        self.cells_by_request[msg_id] = index
+        self._execution = execution = Execution(
+            msg_id=msg_id, cell=cell, index=index, count=self.code_cells_executed
+        )
+        return execution.future
+
+    def is_awaited(self, msg_id: object) -> bool:
+        """Whether the output of this request still belongs to its cell."""
+        execution = self._execution
+        return execution is not None and not execution.is_idle and msg_id == execution.msg_id
+
+    def _take_output(self, message: dict[str, Any]) -> None:
+        execution = self._execution
+        if (
+            execution is None
+            or execution.is_idle
+            or message["parent_header"].get("msg_id") != execution.msg_id
+        ):
+            return
+        try:
+            self.process_message(message, execution.cell, execution.index)
+        except CellExecutionComplete:
+            execution.is_idle = True
+            if execution.is_accepted:
+                self._complete(execution)
+
+    def _take_reply(self, message: dict[str, Any]) -> None:
+        execution = self._execution
+        if execution is None or execution.is_accepted or not _is_reply(message, execution.msg_id):
+            return
+        if execution.reply is None:
+            execution.begins_until = time.monotonic() + BEGIN_SECONDS
+        # The last one counts: the agent's note comes before the true one.
+        execution.reply = message
+        try:
+            self._confirm_reply(execution)
+        except Exception as error:  # noqa: BLE001 - the trial reports it
+            self._fail(execution, error)
+
+    def _confirm_reply(self, execution: Execution) -> None:
+        """Accept the last reply once the agent has noted the end of the cell.
 
         Until then the cell runs, and its timeout counts.
         """
+        # Code in the kernel knows the key and can send a signed reply before its cell has ended.
         # The agent notes the end of a cell before the kernel replies. A kernel with its own shell
         # class may run a cell without our agent seeing it. So accept a reply to a cell that has not
         # begun after a moment.
-        deadline = time.monotonic() + BEGIN_SECONDS
-        while self._at_work("its reply") or (not self._begun() and time.monotonic() < deadline):
-            with contextlib.suppress(Empty):
-                second_reply = await self.kc.shell_channel.get_msg(timeout=LOOK_SECONDS)
-                reply = second_reply if _is_reply(second_reply, msg_id) else reply
-        return reply
+        execution.stop_timer()
+        if self._at_work("its reply") or (
+            not self._begun() and time.monotonic() < execution.begins_until
+        ):
+            execution.call_later(LOOK_SECONDS, self._confirm_reply)
+            return
+        reply = execution.reply
+        assert reply is not None
+        execution.is_accepted = True
+        reply["content"] = mended_reply(reply["content"])
+        execution.cell["metadata"]["execution"]["shell.execute_reply"] = sent_at(reply)
+        if execution.is_idle:
+            self._complete(execution)
+        else:
+            execution.call_later(self.iopub_timeout, self._give_up_output)
+
+    def _give_up_output(self, execution: Execution) -> None:
+        self.log.warning("Timeout waiting for IOPub output")
+        self._complete(execution)
+
+    def _complete(self, execution: Execution) -> None:
+        """End a cell whose reply has come, by nbclient's rules."""
+        execution.stop_timer()
+        self._execution = None
+        cell, index, reply = execution.cell, execution.index, execution.reply
+        assert reply is not None
+        content = reply["content"]
+        cell["execution_count"] = execution.count
+        self.replies[index] = content
+        self._detect_exit_request(content, index)
+        if execution.future.done():
+            return
+        if (
+            content["status"] != "error"
+            or self._may_raise
+            or (not self.force_raise_errors and content["ename"] in self.allow_error_names)
+        ):
+            execution.future.set_result(None)
+        else:
+            error = CellExecutionError.from_cell_and_msg(cell, content)
+            execution.future.set_exception(error)
+
+    def _fail(self, execution: Execution, error: Exception) -> None:
+        execution.stop_timer()
+        self._execution = None
+        if not execution.future.done():
+            execution.future.set_exception(error)
 
     def _begun(self) -> bool:
         note = self.note()
@@ -180,14 +270,6 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
             return False
         self.disbelieved.add(claim)
         return True
-
-    async def _check_raise_for_error(
-        self, cell: Any, cell_index: int, exec_reply: dict[str, Any] | None
-    ) -> None:
-        if exec_reply is not None:
-            self.replies[cell_index] = exec_reply["content"]
-            self._detect_exit_request(exec_reply["content"], cell_index)
-        await super()._check_raise_for_error(cell, cell_index, exec_reply)
 
     def _detect_exit_request(self, content: dict[str, Any], cell_index: int) -> None:
         """Note a request to end the kernel."""
@@ -229,12 +311,8 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         if problems:
             self._complain(f"{kind}: {problems[0]}")
         if kind in ("status", "execute_input"):
-            is_idle = kind == "status" and content.get("execution_state") == "idle"
-            return (
-                None
-                if is_idle and self._at_work("idle")
-                else super().process_message(msg, cell, cell_index)
-            )
+            self._note_progress(kind, msg, content, cell)
+            return None
         size = size_of(kind, content)
         accounts.received += size
         accounts.last = time.monotonic()
@@ -255,6 +333,28 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         output = super().process_message(msg, cell, cell_index)
         self.on_message(cell_index, msg)
         return output
+
+    def _note_progress(
+        self, kind: str, msg: dict[str, Any], content: dict[str, Any], cell: Any
+    ) -> None:
+        """Store the times and the number of a cell, as nbclient does.
+
+        Raises CellExecutionComplete at its end.
+        """
+        times = cell["metadata"]["execution"]
+        if "execution_count" in content:
+            cell["execution_count"] = content["execution_count"]
+        if kind == "execute_input":
+            times["iopub.execute_input"] = sent_at(msg)
+            return
+        state = content["execution_state"]
+        if state == "idle":
+            if self._at_work("idle"):
+                return
+            times["iopub.status.idle"] = sent_at(msg)
+            raise CellExecutionComplete
+        if state == "busy":
+            times["iopub.status.busy"] = sent_at(msg)
 
     def _remember(self, kind: str, msg: dict[str, Any], content: dict[str, Any]) -> None:
         """Record the text and displays that arrived, for ``recover`` after a death."""

@@ -22,14 +22,10 @@ class LateText:
 
     def take(self, message: dict[str, Any]) -> None:
         """Process one message of any cell."""
-        requests, running = self._client.cells_by_request, self._client.running
+        if message["content"].get("name") != "stderr":
+            return
+        requests = self._client.cells_by_request
         parent, text = str(message["parent_header"].get("msg_id")), message["content"].get("text")
-        is_late = running is None or parent != running[0]
-        if (
-            is_late
-            and parent in requests
-            and message["content"].get("name") == "stderr"
-            and isinstance(text, str)
-        ):
+        if not self._client.is_awaited(parent) and parent in requests and isinstance(text, str):
             index = requests[parent]
             self.by_cell[index] = (self.by_cell.get(index, "") + text)[-MOST_CHARACTERS:]

@@ -147,6 +147,7 @@ class KernelSession:
         self.arguments: tuple[str, ...] = ()
         self._channels: dict[str, Channel] = {}
         self._closed = False
+        self._ancestors: frozenset[int] = frozenset()
 
     # --- start ------------------------------------------------------------------------------------
 
@@ -633,12 +634,31 @@ class KernelSession:
 
     def find_peers(self) -> None:
         """Note other hosts that the sandbox's sockets are connected to."""
-        # The agent reports connections of the kernel process only, not of its children.
+        # The agent reports connections of the kernel process only, not of its children. Reading the
+        # tables of a busy machine takes milliseconds, so not while there are no children.
         if self.sandbox is None or self.sandbox.keeper_pid is None or self.pid is None:
             return
-        if Wall.NETWORK not in self.plan.walls:
+        if Wall.NETWORK not in self.plan.walls and (
+            not self.instrumented or self._has_children(self.sandbox.keeper_pid, self.pid)
+        ):
             peers = sockets.peers(self.sandbox.keeper_pid, self.pid)
             self.agent_facts.add_hosts(sorted(peers - set(self.agent_facts.hosts)))
+
+    def _has_children(self, keeper: int, kernel: int) -> bool:
+        """Whether a process besides the kernel and its ancestors runs in the sandbox."""
+        # A daemon's parent is the init of its pid namespace, or the keeper.
+        if not self._ancestors:
+            self._ancestors = frozenset(procfs.ancestors(kernel))
+        queue = procfs.children(keeper)
+        if not queue:
+            # The system does not tell children.
+            return True
+        while queue:
+            pid = queue.pop()
+            if pid != kernel and pid not in self._ancestors:
+                return True
+            queue += procfs.children(pid)
+        return False
 
     async def wait_dead(self, seconds: float) -> bool:
         """Wait for the kernel process to end; false after ``seconds``."""
@@ -664,6 +684,8 @@ class KernelSession:
             self.volumes.close()
         if self._answering is not None:
             self._answering.cancel()
+        if self.meter is not None:
+            self.meter.close()
         for channel in self._channels.values():
             channel.stop()
         if self.client is not None:

@@ -14,6 +14,8 @@ GREETING_BYTES = 64
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 MORE, LONG, COMMAND = 1, 2, 4
 LONGEST_SHORT_FRAME = 255
+# Of a frame: its flags, and eight bytes of length.
+LONGEST_HEAD = 9
 OLDEST_VERSION = 3
 
 MOST_WAITING = 16 << 20
@@ -119,9 +121,34 @@ class MessageReader:
         """Parse until bytes or room run out; true if a message was completed."""
         self.is_blocked = False
         count = len(self._waiting)
-        while not self.is_broken and self._step():
+        while not self.is_broken and (self._take_small_frames() or self._step()):
             pass
         return len(self._waiting) != count
+
+    def _take_small_frames(self) -> bool:
+        """Parse the small frames at the start of the inbox; false if there is none."""
+        # Nearly all frames are small, and a message has seven. Cut in one pass, they cost a third.
+        if self._body is not None or self._skip:
+            return False
+        inbox, at = self._inbox, 0
+        with memoryview(inbox) as view:
+            while len(inbox) - at >= LONGEST_HEAD:
+                flags, length, start = inbox[at], inbox[at + 1], at + 2
+                if flags & LONG:
+                    start = at + LONGEST_HEAD
+                    length = int.from_bytes(view[at + 1 : start], "big")
+                stop = start + length
+                if (
+                    flags & COMMAND
+                    or length > SMALL
+                    or stop > len(inbox)
+                    or not self.has_room(self._size + length)
+                ):
+                    break
+                self._part(bytes(view[start:stop]), more=bool(flags & MORE))
+                at = stop
+        del inbox[:at]
+        return at > 0
 
     def _step(self) -> bool:
         """Parse one frame, or skip a piece of one; false if more bytes or more room are needed."""

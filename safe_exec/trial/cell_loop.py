@@ -9,6 +9,8 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+
 from safe_exec.kernel.activity import observe
 from safe_exec.model import events
 from safe_exec.model.ending import (
@@ -56,27 +58,55 @@ class Stop(Exception):  # noqa: N818 - no error: it leaves the run of cells
         self.ending = ending
 
 
+class CellEnd(Struct, frozen=True, kw_only=True):
+    """The end of a cell before its bookkeeping; ``figures`` are those of ``MetricsRecorder.end``.
+
+    ``disbelieved`` are the premature claims that the cell was done.
+    """
+
+    index: int
+    status: CellStatus
+    moment: float
+    figures: dict[str, Any]
+    disbelieved: frozenset[str]
+
+
 class CellLoop:
-    """Runs the cells of one trial in its kernel."""
+    """Runs the cells of one trial in its kernel.
+
+    While the kernel runs a cell, the bookkeeping of the cell before it is done. Whatever decides
+    whether the next cell may run, and every figure of the cell that has ended, is taken before the
+    next cell is sent.
+    """
 
     def __init__(self, state: TrialState) -> None:
         self.state = state
         self.request, self.session, self.metrics = state.request, state.session, state.metrics
         self._last_reading: tuple[float, Reading] | None = None
+        self._unrecorded: CellEnd | None = None
+        self._stop: asyncio.Task[Any] | None = None
 
     async def run(self) -> Ending:
         """Run all cells. Raises Stop if the run ends with one of them."""
         client = self.session.client
         assert client is not None
-        for index, cell in enumerate(self.request.node.cells):
-            if cell.cell_type != "code" or (
-                self.request.cells is not None and index not in self.request.cells
-            ):
-                continue
-            if self._is_skipped(index, cell):
-                self.metrics.skip(index)
-                continue
-            await self._run_cell(client, index, cell)
+        # One task for all cells: each waits for its end and for this.
+        self._stop = asyncio.create_task(self.state.stopping.wait())
+        client.listen()
+        try:
+            for index, cell in enumerate(self.request.node.cells):
+                if cell.cell_type != "code" or (
+                    self.request.cells is not None and index not in self.request.cells
+                ):
+                    continue
+                if self._is_skipped(index, cell):
+                    self.metrics.skip(index)
+                    continue
+                await self._run_cell(client, index, cell)
+        finally:
+            self._record_last_end()
+            client.stop_listening()
+            self._stop.cancel()
         # nbclient stores the widgets' state only when it is asked.
         client.set_widgets_metadata()
         self.state.current = None
@@ -102,28 +132,31 @@ class CellLoop:
         """Run one cell under its limits. Raises Stop if the run ends with it."""
         # A limit may strike between two cells.
         if self.state.stopping.is_set() or self.session.kill_reason is not None:
+            self._record_last_end()
             await self.session.wait_dead(10.0)
             await self._stop_for_death(None)
         self.state.current = index
         # A cell's metadata may set its own time limit.
         limits = self.request.cell_limits(cell)
         client.begin_cell(limits.cell_output)
-        self._begin(index, cell)
+        if self.session.volumes is not None:
+            self.session.volumes.begin()
         self.session.history.begin_cell()
         if self.session.changes is not None:
             self.session.changes.note_now_and_then()
+        reading, moment = self._reading_at_start(), self.state.now()
         if self.session.died.is_set():
+            self._record_start(index, cell, moment, reading)
             await self._stop_for_death(index)
-        # A task of its own, so that the time limits can be enforced while it waits.
-        execution = asyncio.create_task(
-            client.async_execute_cell(cell, index, execution_count=client.code_cells_executed + 1)
-        )
+        execution = client.send_cell(cell, index)
+        # From here on the kernel is at work.
+        self._record_start(index, cell, moment, reading)
         recognised = await self._until_done(execution, index, limits)
         if not execution.done():
             await self._over_time(execution, index, limits, recognised=recognised)
         await self._judge(execution, index)
 
-    async def _until_done(self, execution: asyncio.Task[Any], index: int, limits: Limits) -> bool:
+    async def _until_done(self, execution: asyncio.Future[Any], index: int, limits: Limits) -> bool:
         """Wait for the cell's end or its time limit; tell whether a known hang was recognised."""
         time_left = self._time_left(limits)
         hang = self.request.hang
@@ -139,11 +172,12 @@ class CellLoop:
             await asyncio.wait({execution}, timeout=5.0)
         return recognised and not execution.done()
 
-    async def _wait(self, execution: asyncio.Task[Any], seconds: float | None) -> None:
+    async def _wait(self, execution: asyncio.Future[Any], seconds: float | None) -> None:
         """Wait for the end of the cell or of the run, but no longer than that."""
-        stop = asyncio.create_task(self.state.stopping.wait())
-        await asyncio.wait({execution, stop}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
+        assert self._stop is not None
+        await asyncio.wait(
+            {execution, self._stop}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+        )
 
     def _seconds_left(self, time_left: float | None, index: int) -> float | None:
         """Return the seconds that remain of those that a cell had when it began."""
@@ -155,7 +189,7 @@ class CellLoop:
     async def _recognise(
         self,
         hang: HangRecognition,
-        execution: asyncio.Task[Any],
+        execution: asyncio.Future[Any],
         index: int,
         time_left: float | None,
     ) -> bool:
@@ -195,7 +229,7 @@ class CellLoop:
         return min(remaining) if remaining else None
 
     async def _over_time(
-        self, execution: asyncio.Task[Any], index: int, limits: Limits, *, recognised: bool
+        self, execution: asyncio.Future[Any], index: int, limits: Limits, *, recognised: bool
     ) -> None:
         """Observe, interrupt, wait for the grace time, then kill the kernel.
 
@@ -261,7 +295,7 @@ class CellLoop:
             self.state.printed = printed_traceback(cells, late)
 
     async def _interrupt(
-        self, execution: asyncio.Task[Any], index: int, grace: float
+        self, execution: asyncio.Future[Any], index: int, grace: float
     ) -> bool | None:
         """Interrupt the kernel; tell whether the cell ended within the grace time.
 
@@ -285,9 +319,9 @@ class CellLoop:
                 self.session.interrupt()
         return None if self.session.died.is_set() else execution.done()
 
-    def _retrieve(self, execution: asyncio.Task[Any]) -> CellError | None:
+    def _retrieve(self, execution: asyncio.Future[Any]) -> CellError | None:
         """Return the error with which an interrupted cell answered."""
-        # This also retrieves the task's exception, so that asyncio does not report it as unhandled.
+        # This also retrieves the exception, so that asyncio does not report it as unhandled.
         if execution.done() and not execution.cancelled():
             execution.exception()
         else:
@@ -296,7 +330,7 @@ class CellLoop:
         # One that it shows tells nothing of the interrupt.
         return self._error_of(index) if client is not None and index in client.replies else None
 
-    async def _judge(self, execution: asyncio.Task[Any], index: int) -> None:
+    async def _judge(self, execution: asyncio.Future[Any], index: int) -> None:
         """Record the result of a cell that has ended in one way or another."""
         client = self.session.client
         assert client is not None
@@ -318,7 +352,9 @@ class CellLoop:
             self._measure_volumes()
         if error is not None and self._is_early_end(index, error):
             self._end_early(index)
-        self._end(index, CellStatus.PASSED if error is None else CellStatus.FAILED)
+        self._unrecorded = self._note_end(
+            index, CellStatus.PASSED if error is None else CellStatus.FAILED
+        )
         # nbclient itself raises for a marked cell: it knows only its own tag.
         may_raise = index in self.request.may_raise
         if (
@@ -328,7 +364,7 @@ class CellLoop:
         ):
             raise Stop(CellFailed(cell=index, error=error))
 
-    async def _enforce_limits(self, execution: asyncio.Task[Any], index: int) -> None:
+    async def _enforce_limits(self, execution: asyncio.Future[Any], index: int) -> None:
         """Stop if the cell exceeded a limit, even if it ended before the kill."""
         self.session.check_limits()
         self._last_reading = self._read()
@@ -468,15 +504,13 @@ class CellLoop:
 
     # --- one cell's bookkeeping -------------------------------------------------------------------
 
-    def _begin(self, index: int, cell: Any) -> None:
-        if self.session.volumes is not None:
-            self.session.volumes.begin()
-        self.metrics.begin(index, self.state.now(), self._reading_at_start())
+    def _record_start(self, index: int, cell: Any, moment: float, reading: Reading | None) -> None:
+        """Record the end of the cell before, and the start of this one."""
+        self._record_last_end()
+        self.metrics.begin(index, moment, reading)
         code_index = self.metrics.code_index(index)
         self.state.sink(
-            events.CellStarted(
-                time=self.state.now(), index=index, code_index=code_index, source=cell.source
-            )
+            events.CellStarted(time=moment, index=index, code_index=code_index, source=cell.source)
         )
 
     def _reading_at_start(self) -> Reading | None:
@@ -497,24 +531,44 @@ class CellLoop:
         return (time.monotonic(), self.session.meter.read()) if self.session.meter else None
 
     def _end(self, index: int, status: CellStatus) -> None:
+        """Note and record the end of a cell after which none is sent."""
+        self._record_last_end()
+        self._unrecorded = self._note_end(index, status)
+        self._record_last_end()
+
+    def _note_end(self, index: int, status: CellStatus) -> CellEnd:
+        """Take the figures of a cell that has ended. The next cell changes them."""
         client = self.session.client
-        record = self.metrics.end(index, self.state.now(), status, **self._reading_at_end(index))
-        if client and client.accounts.truncated:
+        return CellEnd(
+            index=index,
+            status=status,
+            moment=self.state.now(),
+            figures=self._reading_at_end(index),
+            disbelieved=frozenset(client.disbelieved) if client else frozenset(),
+        )
+
+    def _record_last_end(self) -> None:
+        """Do the bookkeeping of the last cell that has ended, unless it is done."""
+        end, self._unrecorded = self._unrecorded, None
+        if end is None:
+            return
+        record = self.metrics.end(end.index, end.moment, end.status, **end.figures)
+        if end.figures["truncated"]:
             self.state.warnings.append(
                 f"the output of code cell {record.code_index + 1} was cut at its limit"
             )
-        if client and client.disbelieved:
-            claims = " and ".join(sorted(client.disbelieved))
+        if end.disbelieved:
+            claims = " and ".join(sorted(end.disbelieved))
             self.state.warnings.append(
                 f"code cell {record.code_index + 1} was said to be done ({claims}) while the "
                 "kernel was still at work on it: not believed"
             )
         self.state.sink(
             events.CellFinished(
-                time=self.state.now(),
-                index=index,
+                time=end.moment,
+                index=end.index,
                 code_index=record.code_index,
-                status=status,
+                status=end.status,
                 seconds=record.seconds,
                 cpu_seconds=record.cpu_seconds,
                 memory_peak=record.memory_peak,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +11,7 @@ import nbformat
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nbclient.exceptions import DeadKernelError
 
 from safe_exec.agent import page as inside_page
 from safe_exec.kernel.client import MERGE_AFTER, TrialClient
@@ -238,20 +238,112 @@ def test_who_asks_to_exit_is_noted(payload: Any, asked: int | None) -> None:
     assert bench.client.asked_to_exit == (1 if asked == 1 else 2), "the first that asks"
 
 
-def test_a_death_ends_a_wait_that_swallowed_its_cancellation() -> None:
-    async def stubborn() -> None:
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.sleep(60)
-        await asyncio.sleep(60)
+# --- one request ------------------------------------------------------------------------------------------------
 
+
+class Channels:
+    """Stands in for a kernel's channels: keeps what is sent, and delivers messages on request."""
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+        self.deliver: dict[str, Any] = {}
+        self.allow_stdin = False
+        self.shell_channel = SimpleNamespace(
+            consume=lambda call: self._attach("shell", call), request=self._request
+        )
+        self.iopub_channel = SimpleNamespace(
+            consume=lambda call: self._attach("iopub", call), is_exhausted=lambda: True
+        )
+
+    def _attach(self, name: str, call: Any) -> None:
+        self.deliver[name] = call
+
+    def _request(self, kind: str, content: dict[str, Any]) -> str:
+        self.sent.append(f"{kind} {content['code']} {content['stop_on_error']}")
+        return f"request-{len(self.sent)}"
+
+
+class Requests(Bench):
+    """A client that listens, and the messages that answer its requests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels = self.client.kc = Channels()
+        self.note: Any = None
+        self.client.note = lambda: self.note
+        self.client.listen()
+
+    def execute(self, index: int = 0) -> Any:
+        self.client.begin_cell(None)
+        return self.client.send_cell(self.node.cells[index], index)
+
+    def answer(self, channel: str, kind: str, content: dict[str, Any], parent: str) -> None:
+        message = self.message(kind, content) | {"parent_header": {"msg_id": parent}}
+        self.channels.deliver[channel](message)
+
+    def reply(self, parent: str = "request-1", status: str = "ok", **content: Any) -> None:
+        self.answer("shell", "execute_reply", {"status": status} | content, parent)
+
+    def idle(self, parent: str = "request-1") -> None:
+        self.answer("iopub", "status", {"execution_state": "idle"}, parent)
+
+
+def test_a_cell_is_done_with_both_its_reply_and_the_end_of_its_output() -> None:
+    async def test(first: str) -> None:
+        requests = Requests()
+        done = requests.execute()
+        requests.reply("another request")
+        requests.idle("another request")
+        assert not done.done()
+        {"reply": requests.reply, "idle": requests.idle}[first]()
+        assert not done.done()
+        {"reply": requests.idle, "idle": requests.reply}[first]()
+        assert done.done() and done.exception() is None
+        assert requests.node.cells[0].execution_count == 1
+        requests.answer("iopub", "stream", {"name": "stdout", "text": "late"}, "request-1")
+        assert requests.node.cells[0].outputs == []
+        assert requests.channels.sent == ["execute_request first True"]
+
+    for first in ("reply", "idle"):
+        asyncio.run(test(first))
+
+
+def test_claims_that_the_agent_contradicts_end_no_cell() -> None:
     async def test() -> None:
-        client = Bench().client
-        client.kc = SimpleNamespace(iopub_channel=SimpleNamespace(is_exhausted=lambda: True))
-        client.task_poll_for_reply = asyncio.create_task(stubborn())
-        await asyncio.sleep(0)
-        client.died.set()
-        await asyncio.wait_for(client._async_poll_kernel_alive(), 20)
-        assert client.task_poll_for_reply.cancelled()
+        requests = Requests()
+        done = requests.execute()
+        requests.note = SimpleNamespace(cell=1, finished=False)
+        requests.idle()
+        requests.reply(forged=True)
+        assert not done.done() and requests.client.disbelieved == {"idle", "its reply"}
+        requests.note = SimpleNamespace(cell=1, finished=True)
+        requests.idle()
+        requests.reply()
+        assert done.done() and "forged" not in requests.client.replies[0]
+
+    asyncio.run(test())
+
+
+def test_an_error_fails_the_request_unless_it_is_allowed() -> None:
+    async def test(tags: list[str]) -> Any:
+        requests = Requests()
+        requests.node.cells[0].metadata["tags"] = tags
+        done = requests.execute()
+        requests.idle()
+        requests.reply(status="error", ename="ValueError", evalue="v", traceback=["line"])
+        return done.exception()
+
+    assert type(asyncio.run(test([]))).__name__ == "CellExecutionError"
+    assert asyncio.run(test(["raises-exception"])) is None
+
+
+def test_a_death_fails_the_request_that_waits() -> None:
+    async def test() -> None:
+        requests = Requests()
+        done = requests.execute()
+        requests.client.died.set()
+        with pytest.raises(DeadKernelError):
+            await asyncio.wait_for(done, 20)
 
     asyncio.run(test())
 
