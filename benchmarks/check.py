@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.measure import demand, execute, in_turns, notebook, timed, write_notebook
 from benchmarks.peers import BIN, NBCLIENT, OURS, PROFILE, loop_of, nbclient, ours, warm_up
-from benchmarks.sections import PRINTS, RAISED, death
+from benchmarks.sections import PRINTS, RAISED, death, long_cells
 
 RECORDED = Path(__file__).with_name("recorded.json")
 FEW = 12
@@ -115,10 +115,12 @@ RATIOS = (
         measure=lambda f, n: _paired(f, n, _cells(5), _processor),
     ),
     Ratio(
-        name="processor time, 200 cells",
-        rounds=5,
-        noise=0.25,
-        measure=lambda f, n: _paired(f, n, _cells(200), _processor),
+        name="processor time, 1,000 cells",
+        rounds=3,
+        noise=0.3,
+        measure=lambda f, n: _paired(
+            f, n, long_cells(500, "silent") + long_cells(500, "printing"), _processor
+        ),
     ),
     Ratio(name=f"{FEW} notebooks at -j 2, wall time", rounds=3, noise=0.4, measure=_many),
     Ratio(

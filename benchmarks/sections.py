@@ -123,6 +123,36 @@ def _whole(folder: Path, rounds: int, *, cells: int, what: str) -> list[Row]:
     )
 
 
+LONG = (1000, 3000)
+KINDS = {"silent": "x = {n}", "printing": "x{n} = {n}\nprint(x{n})"}
+
+
+def long_cells(count: int, kind: str) -> list[str]:
+    """The sources of a long notebook of trivial cells, ``silent`` or ``printing``."""
+    return [KINDS[kind].format(n=n) for n in range(count)]
+
+
+def long(folder: Path, rounds: int) -> list[Row]:
+    """Notebooks of 1,000 and 3,000 trivial cells, beside nbclient alone."""
+    result: list[Row] = []
+    for count in LONG:
+        for kind in KINDS:
+            path = notebook(folder / f"{count}-{kind}", *long_cells(count, kind))
+            out = path.with_name("out.ipynb")
+            commands = {OURS: ours(path, out), NBCLIENT: nbclient(path, out)}
+            takers = {
+                name: lambda name=name, command=command: [timed(command, folder, name)]
+                for name, command in commands.items()
+            }
+            taken = in_turns(rounds, takers)
+            result += rows(
+                f"{count:,} cells, {kind}",
+                "s",
+                {name: [seconds for (seconds,) in figures] for name, figures in taken.items()},
+            )
+    return result
+
+
 def many(folder: Path, rounds: int) -> list[Row]:
     """40 small notebooks, two at a time where the tool can."""
     folder.mkdir()
@@ -294,6 +324,7 @@ def overshoot(folder: Path, rounds: int) -> list[Row]:
 SECTIONS = (
     Section(name="small", rounds=9, quick=2, measure=small),
     Section(name="cells", rounds=7, quick=1, measure=large),
+    Section(name="long", rounds=3, quick=1, measure=long),
     Section(name="many", rounds=4, quick=1, measure=many),
     Section(name="volume", rounds=3, quick=1, measure=volume),
     Section(name="death", rounds=7, quick=1, measure=death),
@@ -305,6 +336,7 @@ SECTIONS = (
 SHOWN = (
     ("one small notebook (5 cells)", EXECUTE, 0.5),
     ("200 trivial cells", NBCLIENT, 0.8),
+    *((f"{count:,} cells, {kind}", NBCLIENT, 0.65) for count in LONG for kind in KINDS),
     (f"{MANY} small notebooks", "nbmake -n 2", 0.33),
     (f"{MANY} small notebooks", "papermill, a loop", 0.25),
     *((f"200 MB of output, {name}", NBCLIENT, 1.0) for name in VOLUMES),

@@ -680,12 +680,11 @@ class KernelSession:
         # First the watchdogs: they could misread the dying processes.
         if self.provisioner is not None:
             self.provisioner.stop_watching()
-        if self.volumes is not None:
-            self.volumes.close()
         if self._answering is not None:
             self._answering.cancel()
-        if self.meter is not None:
-            self.meter.close()
+        for measure in (self.volumes, self.meter):
+            if measure is not None:
+                measure.close()
         for channel in self._channels.values():
             channel.stop()
         if self.client is not None:
