@@ -666,6 +666,14 @@ class KernelSession:
             await asyncio.wait_for(self.died.wait(), seconds)
         return self.died.is_set()
 
+    def _stop_measuring(self) -> None:
+        if self.provisioner is not None:
+            self.provisioner.stop_watching()
+        if self.volumes is not None:
+            self.volumes.close()
+        if self.meter is not None:
+            self.meter.close()
+
     def close(self) -> None:
         """End all processes and remove all files; ``cleanup`` lists what remains.
 
@@ -674,17 +682,12 @@ class KernelSession:
         if self._closed:
             return
         self._closed = True
-        if self._native_task is not None:
-            self._native_task.cancel()
+        for task in (self._native_task, self._answering):
+            if task is not None:
+                task.cancel()
         loop = asyncio.get_running_loop()
         # First the watchdogs: they could misread the dying processes.
-        if self.provisioner is not None:
-            self.provisioner.stop_watching()
-        if self._answering is not None:
-            self._answering.cancel()
-        for measure in (self.volumes, self.meter):
-            if measure is not None:
-                measure.close()
+        self._stop_measuring()
         for channel in self._channels.values():
             channel.stop()
         if self.client is not None:
