@@ -82,7 +82,10 @@ class Inside:
             pass
 
     def frames(self, frame, limit=30):
-        """Return a stack, innermost first, as rows of (function, line, file, cell number)."""
+        """Return a stack, innermost first, as rows of (function, line, file, cell number).
+
+        It ends at the cell's own code, or after ``limit`` rows.
+        """
         rows = []
         while frame is not None and len(rows) < limit:
             row = self.row(frame.f_code, frame.f_lineno)

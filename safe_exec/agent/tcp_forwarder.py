@@ -60,9 +60,10 @@ class Direction:
 
 
 def forward(listeners, kernel):
-    """Forward the connections of ``listeners`` (a port for each socket) until the kernel is gone.
+    """Forward connections to the kernel's TCP ports until the kernel is gone.
 
-    ``kernel`` is a descriptor that becomes readable at its end (pidfd_open(2)).
+    ``listeners`` maps each listening socket to the port behind it. ``kernel`` is a pidfd
+    (pidfd_open(2)): it becomes readable when the kernel ends.
     """
     directions, pending = [], []
     is_gone = False

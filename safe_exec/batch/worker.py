@@ -61,7 +61,10 @@ class SignalBroadcast:
 
     @contextlib.contextmanager
     def subscribed(self, cancellation: Cancellation) -> Iterator[None]:
-        """Deliver all signals to a run of this thread's event loop, including earlier ones."""
+        """Within the context, pass every signal on to a run, including those received before it.
+
+        To be called on the thread of the run's event loop.
+        """
         entry = (cancellation, asyncio.get_running_loop())
         with self._lock:
             self._live.append(entry)

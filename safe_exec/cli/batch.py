@@ -118,7 +118,7 @@ STDIN = "-"
 @click.option(
     "--keep-going",
     is_flag=True,
-    help="Continue behind each failure of a notebook, and report all of them.",
+    help="Continue after each failure, even a death, and report all.",
 )
 @click.option(
     "--require",

@@ -18,7 +18,7 @@ LIMITS = (
 ISOLATION = ("network", "read_only", "show", "writable", "hide", "env_names", "devices")
 OUTPUT = (
     "out", "verdict", "in_place", "on_failure", "clean_metadata", "no_output", "keep_files",
-    "events", "follow", "as_json", "github", "gitlab", "quiet",
+    "events", "follow", "as_json", "github", "gitlab", "quiet", "help",
 )  # fmt: skip
 SEARCH = ("bisect", "no_bisect", "bisect_budget", "retries", "retry_on", "repeat")
 BATCH = ("jobs", "exclude", "resume", "only_changed", "fail_fast", "shard", "timings")

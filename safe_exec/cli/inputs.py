@@ -100,7 +100,7 @@ INPUT_OPTIONS = (
         multiple=True,
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Replace in outputs before comparing (nbval's files).",
+        help="Replace text before comparing, by rules in nbval's format.",
     ),
     click.option(
         "--compare-tolerance",
@@ -114,13 +114,13 @@ INPUT_OPTIONS = (
         "image_distance",
         type=click.IntRange(0, 64),
         metavar="N",
-        help="Compare images, up to N of 64 bits of a hash.",
+        help="Treat images as equal if at most N of 64 hash bits differ.",
     ),
     click.option(
         "--exit-is",
         type=click.Choice([meaning.value for meaning in ExitMeaning]),
         default=ExitMeaning.SUCCESS.value,
-        help="The result of a notebook that calls sys.exit(0) [success].",
+        help="What sys.exit(0) in a cell means [success].",
     ),
     click.option(
         "--strict-shell",

@@ -21,7 +21,7 @@ _SETTING = re.compile(r"--[A-Za-z]\w*\.\w+=")
 
 @click.command(
     "kernel",
-    short_help="Be a kernel: run one inside limits for a Jupyter client.",
+    short_help="Run a kernel inside limits for a Jupyter client, which starts this command.",
     # For such settings, whose names click cannot know.
     context_settings={"ignore_unknown_options": True},
 )

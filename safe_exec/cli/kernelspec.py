@@ -48,10 +48,10 @@ _ADDED = re.compile(r"\s*\((?:ipykernel|safe-exec: [^()]*)\)$")
 
 
 @click.group(
-    "kernelspec", short_help="Make a kernel for other Jupyter tools that is born inside limits."
+    "kernelspec", short_help="Install a kernel that always runs inside limits, for Jupyter clients."
 )
 def command() -> None:
-    """Make a kernel for JupyterLab and other Jupyter tools that is born inside limits."""
+    """Install a kernel for JupyterLab, VS Code and others that always runs inside limits."""
 
 
 @command.command("install", short_help="Install a kernelspec that carries limits.")

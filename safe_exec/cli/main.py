@@ -29,9 +29,9 @@ COMMANDS = {
     "doctor": "Show what enforces each limit on this machine, and how to fix the rest.",
     "limits": "Show the limits that a profile or file gives.",
     "params": "List the parameters that a notebook declares.",
-    "kernel": "Be a kernel inside limits; Jupyter clients start it.",
+    "kernel": "Run a kernel inside limits for a Jupyter client, which starts this command.",
     "kernelspec": "Install a kernel that always runs inside limits, for JupyterLab, VS Code and others.",
-    "sessions": "List the recorded sessions of such kernels.",
+    "sessions": "List the recorded sessions of these kernels.",
     "mcp": "Serve tools for agents: run notebooks and cells inside limits (MCP).",
 }
 
@@ -67,7 +67,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="safe-exec")
 def cli() -> None:
-    """Run notebooks inside hard limits, see the kernel die, and say why."""
+    """Run notebooks inside hard limits, and explain why their kernels die."""
 
 
 def call(arguments: Sequence[str]) -> int:

@@ -147,7 +147,7 @@ WALL_OPTIONS = (
 @click.option(
     "--keep-going",
     is_flag=True,
-    help="Continue behind each failure, and report all of them.",
+    help="Continue after each failure, even a death, and report all.",
 )
 @click.option(
     "--require",
@@ -199,11 +199,12 @@ def command(
 ) -> int:
     """Run NOTEBOOK inside limits, write an annotated notebook and a verdict, and explain failures.
 
-    With --limits ci the notebook can read and write its folder and the git repository around it;
-    with strict and untrusted only its folder. --show, --writable and --env allow more.
+    By default the notebook can read and write your files and use the network. With --limits ci it
+    can read and write its folder and the git repository around it; with strict and untrusted only
+    its folder. --show, --writable and --env allow more.
 
-    Exit codes: 0 passed, 1 a cell raised, 2 bad usage, 3 the kernel died, 4 timeout, 5 another
-    limit, 6 the kernel did not start, 7 safe-exec failed, 130 stopped.
+    Exit codes: 0 passed, 1 a cell raised an exception, 2 bad usage, 3 the kernel died, 4 timeout,
+    5 another limit, 6 the kernel did not start, 7 safe-exec failed, 130 stopped by a signal.
 
     After a death, a timeout or an error caused by a limit, safe-exec searches for the culprits,
     unless the notebook contacted other hosts, because a search runs cells again. Ctrl-C during the

@@ -24,12 +24,14 @@ class CodeFrame(NamedTuple):
 
 
 def merge(native: Sequence[Entry], python: Sequence[CodeFrame]) -> list[dict[str, Any]]:
-    """Return one stack of both; all stacks are innermost first.
+    """Merge the native stack and the Python stack into one; all three are innermost first.
 
-    From Python 3.11 on one loop runs the frames of several calls, up to its entry frame. The C
-    functions inside the innermost loop are all kept: the fault is among them. Further out, the
-    interpreter's own helpers are left out. If the loops do not match the entry frames (a corrupted
-    heap, an interpreter without symbols), all Python frames follow the innermost C functions.
+    In a native stack each call of the interpreter's loop (``EVAL``) stands for the Python frames
+    that it runs: from Python 3.11 on several, the last of which is its entry frame. They take its
+    place. C functions that the innermost loop called are all kept, because the fault is among them;
+    further out the interpreter's helpers are left out. If the number of loops differs from that of
+    the entry frames (a corrupted heap, an interpreter without symbols), all Python frames follow
+    the innermost C functions.
     """
     first = next((i for i, entry in enumerate(native) if entry.kind == EVAL), len(native))
     merged = [entry.frame for entry in native[:first]]

@@ -329,7 +329,7 @@ class Inner(Trial):
         )
 
     def note_reply(self, index: int, message: Message) -> dict[str, Any] | None:
-        """Record the reply to a cell; its content, or ``None`` if it is very large."""
+        """Keep the reply to a cell as evidence and return its content; ``None`` if it is too large."""
         if len(message.content_frame) > LARGEST_REPLY_READ:
             return None
         content = message.content()

@@ -215,7 +215,10 @@ def facts_of(path: Path) -> SessionFacts:
 
 
 def unseen_death(connection: str) -> str | None:
-    """The cause of death of the last kernel of a connection file, if no cell has shown it."""
+    """Return why the last kernel with this connection file died, if no cell has shown it yet.
+
+    The text is the summary of the cause. ``None`` if it did not die, or if a cell has shown it.
+    """
     # A client restarts a kernel with the same connection file.
     for facts in sessions():
         lines = list(_lines(facts.path))

@@ -419,7 +419,7 @@ def _copy_file(path: Path, copy: Path) -> None:
 
 
 def _copy_data(source: int, target: int, size: int) -> None:
-    """Copy at most ``size`` bytes, without holes."""
+    """Copy the first ``size`` bytes between two descriptors; holes stay holes."""
     # A sparse file of a few bytes may be longer than the disk, and a growing file has no end.
     end = 0
     while end < size:

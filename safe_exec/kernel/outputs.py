@@ -47,14 +47,14 @@ def remark(text: str) -> Any:
 
 
 def joins(last: Mapping[str, Any], more: Mapping[str, Any]) -> bool:
-    """Whether two outputs are pieces of one stream."""
+    """Tell whether ``more`` continues ``last``: both are text of the same stream."""
     return last.get("output_type") == more.get("output_type") == "stream" and last.get(
         "name"
     ) == more.get("name")
 
 
 def join(last: Any, text: str) -> None:
-    """Append text to a stream."""
+    """Append text to a stream output, in place."""
     if isinstance(last["text"], str):
         last["text"] = [last["text"]]
     parts: list[str] = last["text"]

@@ -106,7 +106,7 @@ ROWS = (
     LimitSpec(
         "output",
         Kind.SIZE,
-        "Output of the notebook that is kept; also of each cell.",
+        "Output of all cells that is kept; one cell may use it all.",
         by_runner=True,
     ),
     LimitSpec(

@@ -241,7 +241,7 @@ class PlannedKernel(Struct, frozen=True, kw_only=True):
 
     @property
     def owner(self) -> int | None:
-        """The other user that the kernel runs as, ``None`` for the same user."""
+        """The id of the user that the kernel runs as; ``None`` if it is the runner's own."""
         return (
             OTHER_UID
             if self.plan.isolation.other_user and self.plan.enclosed and os.geteuid() == 0

@@ -103,7 +103,7 @@ class SpawnPlan(Struct, frozen=True, kw_only=True):
     keep_patterns: tuple[str, ...] = ()
 
     def cgroup_setup(self) -> protocol.CgroupSetup:
-        """Return the keeper's part of the cgroups."""
+        """Return the control groups as the message that tells the keeper to create them."""
         plan, delegation = self.cgroup, self.cgroup.delegation
         return protocol.CgroupSetup(
             delegation=None

@@ -24,7 +24,10 @@ def actions(state: TrialState) -> tuple[OwnAction, ...]:
 
 
 def command(state: TrialState) -> tuple[int, str] | None:
-    """Return the cell line that sent a signal, if the cell of a dead kernel is not Python code."""
+    """Return the first line of the running cell that sends a signal, from 1, with its text.
+
+    ``None`` if the kernel has not died, or for Python code, whose calls the agent reports.
+    """
     if state.current is None or not state.session.died.is_set():
         return None
     return kill_command(

@@ -125,9 +125,9 @@ async def run_with_retries(
     *,
     on_output: OutputListener | None = None,
 ) -> Verdict:
-    """Run a notebook until it passes or no retry is left; return the last verdict.
+    """Run a notebook, and again as long as the policy allows it; return the last verdict.
 
-    Raises UsageError.
+    The job of a further attempt lists the attempts before it. Raises UsageError.
     """
     while True:
         attempt = len(job.earlier_attempts) + 1
@@ -143,10 +143,10 @@ async def run_with_retries(
 
 
 def is_last_attempt(policy: RetryPolicy, attempt: int, verdict: Verdict) -> bool:
-    """Tell whether no other attempt follows."""
+    """Tell whether ``attempt``, which ended with ``verdict``, is the last; they count from 1."""
     return not policy.allows(verdict, attempt)
 
 
 def after_attempt(job: Job, verdict: Verdict) -> Job:
-    """Return the job of the next attempt."""
+    """Return the job of the next attempt, which also lists the one that ended with ``verdict``."""
     return replace(job, earlier_attempts=(*job.earlier_attempts, headline(verdict)))

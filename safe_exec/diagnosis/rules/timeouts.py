@@ -118,10 +118,7 @@ def _is_seen_at_work(observation: ActivityObservation) -> bool:
 
 
 def _interpreter_free(observation: ActivityObservation) -> bool:
-    """Tell whether the sampling thread often got the interpreter at once.
-
-    No Python code was running.
-    """
+    """Tell whether code ran without the GIL: many samples (``FREE_SHARE``) got it at once."""
     # A wait below the switch interval means that the lock was free.
     free = sum(1 for wait in observation.gil_waits if wait < FREE_SECONDS)
     return free >= FREE_SHARE * len(observation.gil_waits)

@@ -50,17 +50,18 @@ def read_as_run(path: Path, sha256: str | None) -> str | None:
 
 
 def file_line(report: NotebookReport) -> int | None:
-    """Return the line in the notebook's file of the crash line, or of the start of its cell.
+    """Return where a notebook failed: a line number in its file, from 1; see ``crash_line``.
 
-    ``None`` if the file has changed since the run.
+    ``None`` for a notebook without verdict too.
     """
     return None if report.verdict is None else crash_line(report.result.source, report.verdict)
 
 
 def crash_line(path: Path, verdict: Verdict) -> int | None:
-    """Return the line in the file of the crash line, or of the start of its cell.
+    """Return where the notebook failed: a line number in its file, from 1.
 
-    ``None`` if the file has changed since the run, or if there is no crash cell.
+    It is the line that failed, or if that is unknown the first line of its cell. ``None`` if the
+    verdict names no cell, or if the file has changed since the run.
     """
     crash = verdict.crash_cell
     text = read_as_run(path, verdict.notebook.sha256) if crash is not None else None

@@ -84,7 +84,7 @@ def allocation_lines(verdict: Verdict, most: int = MOST_LINES) -> list[str]:
 
 
 def allocation_line(line: AllocationLine, size: int, callers: Iterable[CallSite]) -> str:
-    """Return one line of a cell with the bytes that it allocated and the lines that called it."""
+    """Return a row of text: the bytes that a line of a cell allocated, its place, its callers."""
     parts = (
         format_size(size),
         site_name(line.code_index, line.line, line.function),
@@ -94,7 +94,7 @@ def allocation_line(line: AllocationLine, size: int, callers: Iterable[CallSite]
 
 
 def caller_names(line: AllocationLine, callers: Iterable[CallSite]) -> str:
-    """Return the other cells whose lines led to a line: ``called in code cells 2-5``."""
+    """Return the other cells that called this line, ``called in code cells 2-5``; ``""`` if none."""
     caller_cells = {caller.code_index for caller in callers} - {line.code_index}
     return f"called in {common.cell_names(caller_cells)}" if caller_cells else ""
 
@@ -107,7 +107,7 @@ def site_name(code_index: int, line: int, function: str) -> str:
 
 
 def by_line(memory: MemoryUse) -> list[tuple[AllocationLine, int, tuple[CallSite, ...]]]:
-    """Return the lines of cells with the sum over all their callers, the largest first."""
+    """Return the allocating lines, the largest first: line, bytes by way of all callers, callers."""
     # What was allocated and not yet written to is no memory yet: the peak bounds it.
     peak = memory.peak_bytes
     groups: dict[tuple[int, int], list[AllocationLine]] = {}

@@ -199,7 +199,7 @@ class _Line:
 
 
 def program(arch: str, refusal: Refusal) -> bytes:
-    """The filter as an array of struct sock_filter.
+    """Return the system call filter as an array of struct sock_filter (seccomp(2)).
 
     Raises OSError for an architecture that we have no numbers of.
     """
