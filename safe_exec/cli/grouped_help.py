@@ -48,7 +48,9 @@ class GroupedCommand(click.Command):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
-                rows[_GROUP_OF.get(parameter.name or "", "Cells")].append(record)
+                # Depending on its version, click gives its own option another name.
+                name = "help" if "--help" in parameter.opts else parameter.name or ""
+                rows[_GROUP_OF.get(name, "Cells")].append(record)
         # The same column in all groups, so that the eye finds it.
         width = max(len(name) for records in rows.values() for name, _ in records)
         for title, records in rows.items():

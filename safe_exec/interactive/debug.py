@@ -72,7 +72,11 @@ class NotReached(Exception):  # noqa: N818 - an outcome, which the command repor
 
 
 class DebugOutcome(Struct, frozen=True, kw_only=True):
-    """The exit code, and the verdict of a failure: on the way there, or one that the user made."""
+    """The result of ``safe-exec debug``.
+
+    ``reached`` tells whether the kernel came to the cell at which it was to stop. ``verdict``
+    describes the failure before that, or else the last failure in the console, if there was one.
+    """
 
     exit_code: int
     verdict: Verdict | None

@@ -474,7 +474,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
     def recover(self, page: Page, number: int, residue: dict[str, str]) -> int:
         """Add output that the dead kernel had written but not sent to the running cell.
 
-        Returns the number of characters and displays. ``number`` is the agent's number of the cell;
+        Returns how much was added: characters plus displays. ``number`` is the agent's number of the cell;
         ``residue`` is the text left in the pipes of descriptors 1 and 2, by stream.
         """
         # ipykernel sends prints every 0.2 s, and SIGKILL loses the buffered ones.

@@ -235,9 +235,10 @@ class Sandbox:
             self._send(protocol.AddCleanup(cleanup_if_runner_dies=tuple(directories)))
 
     def hold_at_fault(self, seconds: float, on_dying: Callable[[protocol.Dying], None]) -> None:
-        """Have a kernel held for at most these seconds when it reports a fatal fault.
+        """Tell the keeper to stop a kernel that reports a fatal fault, so that it can be examined.
 
-        ``on_dying`` is called then, and ``read_on`` ends the hold.
+        ``on_dying`` is called when it is stopped. ``read_on`` lets it die, or the keeper does after
+        ``seconds``.
         """
         self.on_dying = on_dying
         self._send(protocol.HoldAtFault(seconds=seconds))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from safe_exec.trial.request import TrialRequest, TrialResult
     from safe_exec.workflows.bisect import FolderSnapshot
 
-# Failures of the notebook itself, behind which its other cells are worth a run.
+# Failures of the notebook itself, after which its other cells are worth a run.
 CONTINUED = frozenset(
     {Status.CELL_ERROR, Status.KERNEL_DIED, Status.TIMEOUT, Status.LIMIT_EXCEEDED}
 )
@@ -143,7 +143,7 @@ async def keep_going(
     folder: FolderSnapshot,
     verdict_of: VerdictOf,
 ) -> tuple[Verdict, list[Verdict]]:
-    """Run the cells behind each failure, until the end of the notebook or until nothing is left.
+    """Run the cells below each failure, until none is left that can run.
 
     Fills the outputs of these cells into the notebook of the run. Returns the verdict with all
     failures, and one verdict for each of them, for a search of its culprits.

@@ -85,7 +85,7 @@ def arguments(
 
 
 def is_needed(isolation: Isolation, *, disk: bool, shm: bool) -> bool:
-    """Whether a requested wall or limit needs namespaces."""
+    """Tell whether bubblewrap is needed: a requested wall or limit takes namespaces."""
     return (
         isolation.hide_home
         or isolation.read_only_system

@@ -77,7 +77,7 @@ def estimate(
 
 
 def count_once(files: ProcessFiles, members: Sequence[Member], open_files: int) -> SharedCount:
-    """Read the shares of all processes."""
+    """Measure the memory of all processes, each shared page once; ``open_files`` are bytes."""
     # A process that has ended meanwhile has no memory any more, which is not an error.
     start = time.monotonic()
     anonymous = shmem = total = 0
