@@ -132,7 +132,7 @@ class Modules:
         self.installed = []
 
     def update(self):
-        """Sort the modules that were imported since the last time."""
+        """Add the modules imported since the last call to ``own`` or ``installed``."""
         fresh = list(itertools.islice(sys.modules.items(), self.count, self.count + MOST_MODULES))
         self.count = len(sys.modules)
         for name, module in fresh:

@@ -95,7 +95,7 @@ def describe(abi: int) -> dict[str, bool]:
 
 
 def handled(abi: int, *, tcp: bool | None) -> Handled:
-    """Return the rights that are restricted, as far as this version knows them."""
+    """Return the access rights that Landlock is to restrict: those that version ``abi`` knows."""
     files = (
         FIRST
         | (REFER if abi >= 2 else 0)  # noqa: PLR2004

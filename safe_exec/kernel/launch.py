@@ -339,7 +339,7 @@ def has_pystack() -> bool:
 def await_kernel(sandbox: Sandbox, channels: AgentChannels) -> None:
     """Wait until the kernel's command has been executed.
 
-    Closes the channels and raises KernelStartError or SandboxError if it cannot be.
+    If that fails, closes the channels and raises KernelStartError or SandboxError.
     """
     try:
         sandbox.await_kernel()

@@ -161,7 +161,7 @@ def _further_in(state: TrialState, location: CellLocation, error: CellError | No
 
 
 def _with_debugger_call(state: TrialState, stack: tuple[Frame, ...]) -> tuple[Frame, ...]:
-    """The stack with the innermost frame of the notebook at the call that started the debugger."""
+    """Move the notebook's innermost frame to the line of the call that started the debugger."""
     at = next((n for n, frame in enumerate(stack) if frame.cell is not None), None)
     if at is None:
         return stack

@@ -398,7 +398,10 @@ def _handed(node: ast.expr) -> Iterator[str | None]:
 def names_in(
     body: Sequence[ast.stmt], cell: Cell, modules: Mapping[str, str]
 ) -> tuple[CellFacts, dict[str, str]]:
-    """Return all facts of a cell but ``reads`` and the risk, and the imported modules."""
+    """Return the facts of a cell, and the modules that it imports, by the names it gives them.
+
+    ``reads`` and ``side_effect_risk`` of the facts are not set here.
+    """
     names = _NameReader(modules, cell.specials)
     names.run(body, binds=cell.binds)
     immediate, late = names.immediate, names.late

@@ -48,7 +48,7 @@ def holder_line(holder: Holder, *, exact: bool = True) -> str:
 
 
 def holder_name(holder: Holder) -> str:
-    """Return the name of a holder."""
+    """Return the variable's name, or words for memory without a name or of other processes."""
     if holder.name is not None:
         return common.one_line(holder.name)
     return NO_NAME if holder.type is None else OTHER_PROCESSES
