@@ -18,7 +18,8 @@ from safe_exec.experiments.static_analysis.statements import statements_of
 from safe_exec.model.evidence import ActivityObservation, Frame
 from safe_exec.model.verdict import Activity, CauseKind, Verdict
 
-# How long the same picture has to last. `docs/culprit-search.md` has the measurement.
+# How long the same picture has to last. A cell that is only slow may look the same for longer: the
+# confirmation finds that out, and the search then starts again without recognition.
 SAME_SECONDS = 2.0
 # With a shorter timeout there is nothing to gain.
 LEAST_TIMEOUT = 2 * SAME_SECONDS
