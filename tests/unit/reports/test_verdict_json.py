@@ -89,6 +89,7 @@ CONTRACT_KEYS = [
     "files",
     "more_files",
     "timeline",
+    "profile",
     "usage",
     "stderr_tail",
     "environment",
