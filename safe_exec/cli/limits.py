@@ -20,7 +20,7 @@ from safe_exec.limits.yaml_source import Value, load
 from safe_exec.model.limits import Isolation, LimitName
 from safe_exec.reports.json_text import plain
 from safe_exec.reports.terminal import Style
-from safe_exec.reports.text.common import one_line
+from safe_exec.reports.text.common import single_line
 from safe_exec.sandbox.advice.isolation import WallRemedy, advise_walls
 from safe_exec.sandbox.host.capabilities import detect, probe_isolation
 from safe_exec.sandbox.host.facts import collect
@@ -77,8 +77,8 @@ def show(profile: str, as_json: bool) -> int:
 
 
 def _shown(resolved: Resolved, plan: SpawnPlan, about: str, style: Style) -> Iterator[str]:
-    yield style.paint("bold", one_line(resolved.profile)) + (
-        f": {one_line(about)}" if about else ""
+    yield style.paint("bold", single_line(resolved.profile)) + (
+        f": {single_line(about)}" if about else ""
     )
     yield from tables.table([_row(name, resolved, plan) for name in profiles.LIMIT_NAMES], style)
 
@@ -88,7 +88,7 @@ def _row(name: str, resolved: Resolved, plan: SpawnPlan) -> tuple[str, ...]:
     enforcement = plan.enforcement.get(LimitName(name)) if name in _LIMITS else None
     # An unlimited resource has no mechanism.
     sign, by = (tables.mark(enforcement), enforcement.by.value) if enforcement else ("", "")
-    return name, format_limit(name, value), sign, by, one_line(resolved.sources[name])
+    return name, format_limit(name, value), sign, by, single_line(resolved.sources[name])
 
 
 def _walls(
@@ -118,7 +118,7 @@ def _word(value: object) -> str:
     """Format a value as in a file."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    return one_line(", ".join(value)) if isinstance(value, list) else one_line(str(value))
+    return single_line(", ".join(value)) if isinstance(value, list) else single_line(str(value))
 
 
 def _document(resolved: Resolved, plan: SpawnPlan) -> dict[str, object]:

@@ -12,7 +12,7 @@ from safe_exec.cli import tables
 from safe_exec.notebook import notebook
 from safe_exec.notebook.parameters import DEFAULTS_TAG, declared_parameters
 from safe_exec.reports.terminal import Style
-from safe_exec.reports.text.common import one_line
+from safe_exec.reports.text.common import single_line
 
 
 @click.command("params", short_help="List the parameters that a notebook declares.")
@@ -32,10 +32,10 @@ def command(path: Path, as_json: bool) -> int:
     style = Style.of(sys.stdout)
     if not parameters:
         lines = [
-            f"{one_line(str(path))}: no parameters (no code cell with the tag {DEFAULTS_TAG!r})"
+            f"{single_line(str(path))}: no parameters (no code cell with the tag {DEFAULTS_TAG!r})"
         ]
     else:
-        rows = [tuple(map(one_line, parameter)) for parameter in parameters]
+        rows = [tuple(map(single_line, parameter)) for parameter in parameters]
         lines = list(tables.table([("name", "type", "default", "comment"), *rows], style, ""))
     tables.write(lines, style)
     return 0

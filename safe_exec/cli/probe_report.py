@@ -113,7 +113,7 @@ def what_became(run: ProbeRun) -> str:
 def report(probe: ProbeReport, path: str, command: str | None, style: Style) -> Iterator[str]:
     """Yield the lines of the result; ``command`` repeats the failing run."""
     name = probe.scale.name.value.replace("_", " ")
-    title = f"{name} of {common.one_line(Path(path).name)}"
+    title = f"{name} of {common.single_line(Path(path).name)}"
     missing = "" if probe.bracket.found else f": {_why_not(probe)}"
     yield style.paint("bold", common.clip(title, style.width)) + missing
     yield from _sides(probe, style)
@@ -210,7 +210,7 @@ def weak_hold(enforcement: Enforcement | None) -> str:
     if enforcement is None or enforcement.hard or enforcement.by is Mechanism.RUNNER:
         return ""
     return f"only the {enforcement.by.value} holds it" + (
-        f"; {common.one_line(enforcement.note)}" if enforcement.note else ""
+        f"; {common.single_line(enforcement.note)}" if enforcement.note else ""
     )
 
 

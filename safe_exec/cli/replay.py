@@ -177,7 +177,7 @@ def _kind_and_cell(verdict: Verdict, code_index: int | None) -> str:
 def _rows(differences: Sequence[Difference], style: Style) -> Iterator[str]:
     rows = [("", "then", "here")]
     rows += [
-        (common.one_line(difference.what), shown(difference, "then"), shown(difference, "here"))
+        (common.single_line(difference.what), shown(difference, "then"), shown(difference, "here"))
         for difference in differences
     ]
     yield from tables.table(rows, style)
@@ -192,13 +192,13 @@ def shown(difference: Difference, side: str) -> str:
         return format_size(value)
     if difference.what == "signal":
         return signal_name(value)
-    text = common.one_line(str(value))
+    text = common.single_line(str(value))
     # Only these two are identifiers; other values are shown as they are.
     return text.replace("_", " ") if difference.what in ("cause", "status") else text
 
 
 def _ran(result: ReplayResult) -> str:
-    name = common.one_line(result.replay.prepared.job.path.name)
+    name = common.single_line(result.replay.prepared.job.path.name)
     cells = result.replay.cells
     subject = (
         f"{name}{common.SEPARATOR}{common.cell_sum(c.code_index for c in cells)} of the notebook"

@@ -43,16 +43,18 @@ def command(session: str | None, out: Path | None) -> int:
 def _list() -> None:
     from safe_exec.interactive import recording
     from safe_exec.interactive.diagnosis import quoted
-    from safe_exec.reports.text.common import one_line
+    from safe_exec.reports.text.common import single_line
 
     rows = list(recording.sessions())
     if not rows:
         click.echo("no session is recorded")
     for facts in rows:
         cells = f"{facts.cells} cell{'' if facts.cells == 1 else 's'}"
-        click.echo(f"{facts.id}  {cells} · {facts.kernel} · {facts.limits} · {one_line(facts.cwd)}")
+        click.echo(
+            f"{facts.id}  {cells} · {facts.kernel} · {facts.limits} · {single_line(facts.cwd)}"
+        )
         if facts.ended is not None:
             label = "cell ended" if facts.survived else "died of"
-            click.echo(f"    {label:<10} {one_line(facts.ended)}")
+            click.echo(f"    {label:<10} {single_line(facts.ended)}")
         if facts.notebook is not None:
             click.echo(f"    culprits   safe-exec bisect {quoted(facts.notebook)}")

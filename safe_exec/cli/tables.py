@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from safe_exec.model.limits import Enforcement, LimitName, Mechanism, Wall
 from safe_exec.reports.terminal import Style
-from safe_exec.reports.text.common import display_width, one_line
+from safe_exec.reports.text.common import display_width, single_line
 from safe_exec.sandbox.advice.fix import Fix
 
 # ``Style.fit`` replaces these by ASCII on terminals that cannot show them.
@@ -84,7 +84,9 @@ def table(rows: Sequence[Sequence[str]], style: Style, indent: str = "  ") -> It
 
 def labelled(label: str, text: str, style: Style, width: int = 12) -> Iterator[str]:
     """Yield wrapped lines under a label in the left margin."""
-    lines = textwrap.wrap(one_line(text), max(style.width - width - 2, 24), break_on_hyphens=False)
+    lines = textwrap.wrap(
+        single_line(text), max(style.width - width - 2, 24), break_on_hyphens=False
+    )
     for row, line in enumerate(lines):
         name = label if row == 0 else ""
         yield f"  {style.paint('dim', name)}{' ' * (width - len(name))}{line}"

@@ -65,14 +65,14 @@ def message_of(verdict: Verdict, tries: int) -> str:
     cause = verdict.cause
     lines = [common.headline(verdict)]
     if cause is not None and not common.headline_has_summary(verdict):
-        lines.append(common.one_line(cause.summary))
+        lines.append(common.single_line(cause.summary))
     crash = verdict.crash_cell
     if crash is not None and crash.source_line:
         lines.append(f"{common.moment(verdict)}: {common.code_line(crash.source_line)}")
     if verdict.culprits is not None and verdict.culprits.cells:
         lines.append(f"caused by {culprits.names(verdict.culprits)}")
     if cause is not None and cause.advice:
-        lines.append(common.one_line(cause.advice))
+        lines.append(common.single_line(cause.advice))
     if tries > 1:
         lines.append(f"{tries} tries")
     return common.clip("\n".join(lines), MOST_CHARACTERS)

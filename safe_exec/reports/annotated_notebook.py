@@ -141,8 +141,8 @@ def _annotate_cell(cell: NotebookNode, record: CellRecord, *, figures: bool) -> 
 
 def _skip_output(reason: str) -> NotebookNode:
     data = {
-        "text/markdown": f"**safe-exec: skipped**: {inert(common.one_line(reason))}",
-        "text/plain": f"safe-exec: skipped: {common.one_line(reason)}",
+        "text/markdown": f"**safe-exec: skipped**: {inert(common.single_line(reason))}",
+        "text/plain": f"safe-exec: skipped: {common.single_line(reason)}",
     }
     metadata = {METADATA_KEY: {_RESULT_KEY: {"role": _SKIPPED_ROLE}}}
     return _node({"output_type": "display_data", "data": data, "metadata": metadata})
@@ -220,7 +220,7 @@ def _error_name(verdict: Verdict) -> str:
 
 def _summary(verdict: Verdict) -> str:
     return (
-        common.one_line(verdict.cause.summary)
+        common.single_line(verdict.cause.summary)
         if verdict.cause is not None
         else common.headline(verdict)
     )
@@ -248,12 +248,12 @@ def _traceback(source: str, verdict: Verdict) -> Iterator[str]:
     for difference in verdict.differences:
         if crash is not None and difference.index == crash.index:
             lines = [common.printable(line) for line in difference.lines]
-            yield from _block(common.one_line(difference.summary), lines)
+            yield from _block(common.single_line(difference.summary), lines)
     yield from _block("Held by", memory.holder_lines(verdict))
     yield from _block("Allocated", memory.allocation_lines(verdict))
     yield from _block("Evidence", common.evidence_lines(verdict))
     if verdict.cause is not None and verdict.cause.advice:
-        yield f"{_BOLD}Next:{_PLAIN} {common.one_line(verdict.cause.advice)}"
+        yield f"{_BOLD}Next:{_PLAIN} {common.single_line(verdict.cause.advice)}"
 
 
 def _red(text: str) -> str:
@@ -329,7 +329,7 @@ def _paragraphs(verdict: Verdict) -> Iterator[str]:
         yield f"**Next:** {inert(verdict.cause.advice)}"
     if verdict.cause is None and verdict.warnings:
         yield "**Warnings:**\n\n" + "\n".join(
-            f"- {code_span(common.one_line(warning))}" for warning in verdict.warnings
+            f"- {code_span(common.single_line(warning))}" for warning in verdict.warnings
         )
     yield from _further_failures(verdict)
     yield from _cells_not_run(verdict)
@@ -371,7 +371,7 @@ def _location(crash: CrashCell, verdict: Verdict) -> Iterator[str]:
             function = (
                 ""
                 if common.is_own_code(frame)
-                else f"{code_span(common.one_line(frame.function))}, "
+                else f"{code_span(common.single_line(frame.function))}, "
             )
             yield _quoted(f"in {function}{_linked(record)}, line {frame.line}", frame.source_line)
     if time := profile.summary(verdict):

@@ -23,7 +23,7 @@ from safe_exec.model.events import (
     SearchTrialFinished,
 )
 from safe_exec.reports import json_text
-from safe_exec.reports.text.common import one_line
+from safe_exec.reports.text.common import single_line
 
 # After these events the log is flushed: they are the ones that explain a later death.
 _CHECKPOINTS = (CellFinished, Killed, KernelEnded, SearchTrialFinished, RunFinished)
@@ -88,7 +88,7 @@ def line_of(event: Event) -> bytes:
 
 
 def _refusal(path: Path, error: OSError | ValueError) -> str:
-    name = one_line(str(path))
+    name = single_line(str(path))
     if not isinstance(error, OSError):
         return f"{name}: the event log cannot be written ({error}); name another file"
     if error.errno == errno.ELOOP:

@@ -44,7 +44,7 @@ class OutputFollower:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._write = write
-        self._prefix = common.one_line(prefix)
+        self._prefix = common.single_line(prefix)
         self._github = github
         self._whole_cells = whole_cells
         self._clock = clock

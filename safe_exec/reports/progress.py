@@ -174,7 +174,7 @@ class Situation:
             return f"search  {self.search.doing()}"
         if self.cell is None:
             return (
-                f"kernel {common.one_line(self.kernel)} is ready"
+                f"kernel {common.single_line(self.kernel)} is ready"
                 if self.ready
                 else "starting the kernel"
             )
@@ -259,7 +259,7 @@ def plain_line(event: events.Event, situation: Situation) -> str | None:
     """Return the additional line for a log file: start, slow or failed cells, the search."""
     match event:
         case events.KernelReady():
-            return f"kernel {common.one_line(situation.kernel)} ready after {format_seconds(event.time)}"
+            return f"kernel {common.single_line(situation.kernel)} ready after {format_seconds(event.time)}"
         case events.CellFinished():
             # A log of a notebook with a thousand fast cells has to stay readable.
             slow = event.seconds is not None and event.seconds > _SLOW_CELL_SECONDS

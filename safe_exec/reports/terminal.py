@@ -231,7 +231,7 @@ def _culprits(verdict: Verdict, style: Style) -> Iterator[str]:
 
 def _entry(label: str, items: list[str], style: Style, colour: str = "dim") -> Iterator[str]:
     """Yield the items under one label in the left margin, wrapped."""
-    for number, text in enumerate(text for text in map(common.one_line, items) if text):
+    for number, text in enumerate(text for text in map(common.single_line, items) if text):
         # Hyphens do not break: paths and options are full of them.
         lines = textwrap.wrap(text, max(style.width - _INDENT, 20), break_on_hyphens=False)
         for row, line in enumerate(lines):
@@ -252,4 +252,6 @@ def _last_words(verdict: Verdict) -> list[str]:
 
 def _written(verdict: Verdict) -> list[str]:
     """Return the written paths, relative to the directory of the run."""
-    return [common.one_line(common.path_seen(path, verdict)) for path in verdict.outputs.values()]
+    return [
+        common.single_line(common.path_seen(path, verdict)) for path in verdict.outputs.values()
+    ]

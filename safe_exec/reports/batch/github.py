@@ -154,7 +154,7 @@ def _detail(report: NotebookReport, verdict: Verdict, batch: BatchResult) -> Ite
     # The blank line after it makes the following text markdown again (CommonMark 4.6).
     # HTML here, because markdown is not interpreted inside a summary element.
     title = f"{report.result.path}: {batch_text.headline(report)}"
-    yield f"<details><summary>{_SIGNS[report.outcome]} {html.escape(common.one_line(title))}</summary>"
+    yield f"<details><summary>{_SIGNS[report.outcome]} {html.escape(common.single_line(title))}</summary>"
     if verdict.crash_cell is not None:
         yield f"**Where:** {inert(batch_text.place(verdict))}"
         yield from _block([verdict.crash_cell.source_line or ""])

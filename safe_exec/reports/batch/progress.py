@@ -87,7 +87,7 @@ class BatchProgress:
 
     def note(self, text: str) -> None:
         """Show a message to the user."""
-        self._say(f"note: {common.one_line(text)}", "")
+        self._say(f"note: {common.single_line(text)}", "")
 
     def sink(self, path: str, attempt: int, machine: str = "") -> events.EventSink:
         """Return the sink for the events of one notebook; it may be called on any thread."""
@@ -160,16 +160,16 @@ class BatchProgress:
             running = dict(self._running)
         for path, notebook in running.items():
             attempt = f" (attempt {notebook.attempt})" if notebook.attempt > 1 else ""
-            name = common.clip(common.one_line(path), _MOST_PATH) + attempt
+            name = common.clip(common.single_line(path), _MOST_PATH) + attempt
             seconds = format_seconds(self._clock() - notebook.since)
-            column = (common.one_line(notebook.machine),) if self._machines else ()
+            column = (common.single_line(notebook.machine),) if self._machines else ()
             usage = notebook.situation.usage()
             cells = (name, *column, notebook.situation.doing(), seconds, usage)
             table.add_row(
                 *(Text(self._style.fit(cell), no_wrap=True, overflow="ellipsis") for cell in cells)
             )
         for machine, (running_count, most) in self._machines.items():
-            line = f"{common.one_line(machine)}: {running_count} of {most}"
+            line = f"{common.single_line(machine)}: {running_count} of {most}"
             table.add_row(Text(self._style.fit(line), style="dim"))
         bad = f", {self._bad} not passed" if self._bad else ""
         elapsed = format_seconds(self._clock() - self._began)
@@ -189,11 +189,11 @@ def line_of(result: NotebookResult, headline: str) -> str:
     ``✗ docs/a.ipynb: kernel died in code cell 3 · out of memory``
     """
     sign = "✓" if result.status in _GOOD else "✗"
-    parts = [headline or common.one_line(result.error or result.status.replace("_", " "))]
+    parts = [headline or common.single_line(result.error or result.status.replace("_", " "))]
     if result.flaky:
         parts.append(f"flaky: attempt {result.attempts}")
     elif result.attempts > 1:
         parts.append(
             f"the same in {result.attempts} attempts" if result.status not in _GOOD else ""
         )
-    return f"{sign} {common.one_line(result.path)}: {common.SEPARATOR.join(part for part in parts if part)}"
+    return f"{sign} {common.single_line(result.path)}: {common.SEPARATOR.join(part for part in parts if part)}"

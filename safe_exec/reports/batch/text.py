@@ -108,7 +108,7 @@ def headline(report: NotebookReport) -> str:
     reason = _missing_verdict_reason(result)
     return common.clip(
         common.SEPARATOR.join(
-            part for part in (status_words(result.status), common.one_line(reason)) if part
+            part for part in (status_words(result.status), common.single_line(reason)) if part
         ),
         common.HEADLINE_WIDTH,
     )
@@ -141,7 +141,7 @@ def lines(report: NotebookReport, batch: BatchResult) -> Iterator[str]:
     yield from _culprits(verdict)
     if verdict.cause is not None:
         if not common.headline_has_summary(verdict):
-            yield f"why: {common.one_line(verdict.cause.summary)}"
+            yield f"why: {common.single_line(verdict.cause.summary)}"
         if time := profile.summary(verdict):
             yield f"time: {time}"
         if function := native.summary(verdict):
@@ -151,9 +151,9 @@ def lines(report: NotebookReport, batch: BatchResult) -> Iterator[str]:
             yield from (f"  {line}" for line in difference)
         yield from (f"evidence: {line}" for line in common.evidence_lines(verdict))
         if verdict.cause.advice:
-            yield f"next: {common.one_line(verdict.cause.advice)}"
+            yield f"next: {common.single_line(verdict.cause.advice)}"
     yield from _further_failures(verdict)
-    yield from (f"warning: {common.one_line(warning)}" for warning in verdict.warnings)
+    yield from (f"warning: {common.single_line(warning)}" for warning in verdict.warnings)
     yield f"reproduce: {reproduce_command(report, batch)}"
 
 
@@ -169,7 +169,7 @@ def _other_failure(verdict: Verdict) -> Iterator[str]:
     yield from _place(verdict)
     yield from _culprits(verdict)
     if verdict.cause is not None and not common.headline_has_summary(verdict):
-        yield f"why: {common.one_line(verdict.cause.summary)}"
+        yield f"why: {common.single_line(verdict.cause.summary)}"
 
 
 def failure_lines(report: NotebookReport) -> Iterator[str]:
@@ -284,7 +284,7 @@ def in_short(report: NotebookReport) -> str:
     if report.outcome is Outcome.PASSED:
         return flaky_words(report.result)
     if report.verdict is None:
-        return common.one_line(_missing_verdict_reason(report.result))
+        return common.single_line(_missing_verdict_reason(report.result))
     crash = report.verdict.crash_cell
     cell = common.cell_name(crash.code_index) if crash is not None else ""
     return common.SEPARATOR.join(part for part in (cell, cause_words(report)) if part)

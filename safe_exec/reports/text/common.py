@@ -53,7 +53,7 @@ def printable(text: str) -> str:
     return _HARMFUL.sub(lambda match: match[0].encode("unicode_escape").decode(), lines)
 
 
-def one_line(text: str) -> str:
+def single_line(text: str) -> str:
     """Return ``text`` printable, on one line, with single spaces."""
     return " ".join(printable(text).split())
 
@@ -146,7 +146,7 @@ def not_run(verdict: Verdict) -> tuple[int, ...]:
 def skipped_reasons(verdict: Verdict) -> list[str]:
     """Describe the cells that a failure kept from running: ``code cell 5 needs `x` of ...``."""
     return [
-        f"{cell_name(cell.code_index)} {one_line(cell.reason)}"
+        f"{cell_name(cell.code_index)} {single_line(cell.reason)}"
         for cell in verdict.cells
         if cell.reason is not None
     ]
@@ -156,7 +156,7 @@ def frame_line(frame: Frame, verdict: Verdict) -> str:
     """Describe a frame of a stack: ``load (cache.py:12)``, or its cell and line."""
     if frame.cell is None:
         place = ":".join(str(part) for part in (frame.file, frame.line) if part is not None) or "?"
-        return f"{one_line(frame.function)} ({one_line(place)})"
+        return f"{single_line(frame.function)} ({single_line(place)})"
     source = code_line(frame.source_line or "")
     return clip(
         f"{frame_place(frame, verdict)}: {source}" if source else frame_place(frame, verdict),
@@ -174,7 +174,7 @@ def frame_place(frame: Frame, verdict: Verdict) -> str:
     return (
         f"in {name}{line}"
         if is_own_code(frame)
-        else f"in `{one_line(frame.function)}`, {name}{line}"
+        else f"in `{single_line(frame.function)}`, {name}{line}"
     )
 
 
@@ -279,7 +279,7 @@ def _why(verdict: Verdict) -> list[str]:
     if cause is None:
         return []
     if headline_has_summary(verdict):
-        return [one_line(cause.summary)]
+        return [single_line(cause.summary)]
     ending = signal_name(cause.signal) if cause.signal is not None else ""
     if cause.exit_code is not None and not ending:
         ending = f"exit status {cause.exit_code}"
@@ -357,7 +357,7 @@ def moment(verdict: Verdict) -> str:
         activity = "running when the kernel was killed"
     line = f"line {cell.line}" if cell is not None and cell.line is not None else "line not known"
     if cell is not None and cell.file_line is not None:
-        name = one_line(os.path.basename(verdict.notebook.path))
+        name = single_line(os.path.basename(verdict.notebook.path))
         line += f" ({name}:{cell.file_line})"
     return f"{line}, {activity}" if activity else line
 
@@ -378,7 +378,7 @@ _TIME_FACT = lazy_pattern(r"(?:^|_|\b)(?:seconds|time|age|timeout)(?:$|_|\b)")
 def fact_line(fact: Fact) -> str:
     """Describe a fact: ``oom kills: 1 · memory.events``."""
     text = f"{fact_name(fact)}: {fact_value(fact.fact, fact.value)}"
-    source = one_line(fact.source)
+    source = single_line(fact.source)
     if fact.origin is Origin.INSIDE:
         # A notebook can make its kernel claim anything, so the reader has to see where a fact is
         # from.
@@ -388,7 +388,7 @@ def fact_line(fact: Fact) -> str:
 
 def fact_name(fact: Fact) -> str:
     """Return the name of a fact in words."""
-    return one_line(fact.fact).replace("_", " ")
+    return single_line(fact.fact).replace("_", " ")
 
 
 def fact_value(name: str, value: FactValue) -> str:
@@ -398,7 +398,7 @@ def fact_value(name: str, value: FactValue) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, str):
-        return one_line(value)
+        return single_line(value)
     if _SIZE_FACT.search(name):
         return format_size(value)
     if _TIME_FACT.search(name):
@@ -415,7 +415,7 @@ def evidence_lines(verdict: Verdict, most: int | None = None) -> list[str]:
 def difference_blocks(verdict: Verdict, most: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield a title and the lines of the difference for outputs that differ, at most ``most``."""
     for difference in verdict.differences[:most]:
-        title = f"{cell_name(difference.code_index)}{SEPARATOR}{one_line(difference.summary)}"
+        title = f"{cell_name(difference.code_index)}{SEPARATOR}{single_line(difference.summary)}"
         yield title, tuple(printable(line) for line in difference.lines)
     more = len(verdict.differences) - most
     if more > 0:
@@ -438,7 +438,7 @@ def weak_limits(verdict: Verdict) -> list[str]:
             if enforcement.by is Mechanism.NONE
             else f"only the {enforcement.by.value} holds it"
         )
-        note = f"; {one_line(enforcement.note)}" if enforcement.note else ""
+        note = f"; {single_line(enforcement.note)}" if enforcement.note else ""
         lines.append(f"{name.value.replace('_', ' ')}: {by}{note}")
     return lines
 
@@ -459,7 +459,7 @@ def weak_walls(verdict: Verdict) -> list[str]:
     ]
     # A note first names the part that is enforced, then the reason for the rest.
     reasons = dict.fromkeys(
-        one_line(enforcement.note.rpartition("; ")[2]) for enforcement in weak.values()
+        single_line(enforcement.note.rpartition("; ")[2]) for enforcement in weak.values()
     )
     return (
         ["; ".join(part for part in (f"{', '.join(names)} not held", *reasons) if part)]

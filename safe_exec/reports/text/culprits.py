@@ -40,7 +40,7 @@ def names(search: Culprits) -> str:
 
 def note(culprit: Culprit) -> str:
     """Return the effect of a culprit: its note, or the description of its role."""
-    return common.one_line(culprit.note) or _ROLE_WORDS[culprit.role]
+    return common.single_line(culprit.note) or _ROLE_WORDS[culprit.role]
 
 
 def others(verdict: Verdict) -> list[Culprit]:
@@ -81,7 +81,7 @@ def figures(search: Culprits) -> str:
 def endings(search: Culprits) -> str:
     """Return the endings of the runs: ``abort 3, passed 2``."""
     return ", ".join(
-        f"{common.one_line(kind).replace('_', ' ')} {count}"
+        f"{common.single_line(kind).replace('_', ' ')} {count}"
         for kind, count in sorted(search.endings.items())
     )
 

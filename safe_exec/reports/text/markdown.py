@@ -17,7 +17,7 @@ def inert(text: str) -> str:
     backslash become code.
     """
     # Odd parts are runs of the characters that start a formula or an escape.
-    parts = re.split(r"([$\\]+)", common.one_line(text))
+    parts = re.split(r"([$\\]+)", common.single_line(text))
     return "".join(
         f"`{part}`" if i % 2 else _MARKUP.sub(_reference, part) for i, part in enumerate(parts)
     )

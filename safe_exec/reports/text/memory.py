@@ -50,7 +50,7 @@ def holder_line(holder: Holder, *, exact: bool = True) -> str:
 def holder_name(holder: Holder) -> str:
     """Return the variable's name, or words for memory without a name or of other processes."""
     if holder.name is not None:
-        return common.one_line(holder.name)
+        return common.single_line(holder.name)
     return NO_NAME if holder.type is None else OTHER_PROCESSES
 
 
@@ -59,7 +59,7 @@ def holder_detail(holder: Holder, *, exact: bool = True) -> str:
     size = format_size(holder.bytes)
     parts = (
         size if exact or holder.name is None else f"about {size}",
-        common.one_line(holder.summary),
+        common.single_line(holder.summary),
         holder_cells(holder),
     )
     return common.SEPARATOR.join(part for part in parts if part)
@@ -103,7 +103,7 @@ def site_name(code_index: int, line: int, function: str) -> str:
     """Return the place of a line: ``code cell 1, line 5, in `load```."""
     place = f"{common.cell_name(code_index)}, line {line}"
     own_code = function.startswith("<")
-    return place if own_code else f"{place}, in `{common.one_line(function)}`"
+    return place if own_code else f"{place}, in `{common.single_line(function)}`"
 
 
 def by_line(memory: MemoryUse) -> list[tuple[AllocationLine, int, tuple[CallSite, ...]]]:

@@ -71,12 +71,12 @@ def library(frame: NativeFrame) -> str:
     name = (
         package[1].removesuffix(".libs") if package else _PLATFORM.sub("", posixpath.basename(path))
     )
-    return " ".join(common.one_line(part) for part in (name, frame.version) if part)
+    return " ".join(common.single_line(part) for part in (name, frame.version) if part)
 
 
 def _call(name: str) -> str:
     """Return a function's name as a call; a C++ name has its parameters already."""
-    name = common.clip(common.one_line(name), _NAME_WIDTH)
+    name = common.clip(common.single_line(name), _NAME_WIDTH)
     return name if name.endswith((")", "…")) else f"{name}()"
 
 
@@ -96,7 +96,7 @@ def frame_line(frame: NativeFrame, verdict: Verdict) -> str:
 
 def _variables(frame: NativeFrame) -> Iterator[str]:
     for name, value in list(frame.locals.items())[:_MOST_LOCALS]:
-        yield f"{common.one_line(name)} = {common.clip(common.one_line(value), _VALUE_WIDTH)}"
+        yield f"{common.single_line(name)} = {common.clip(common.single_line(value), _VALUE_WIDTH)}"
 
 
 def locals_lines(verdict: Verdict, most: int) -> list[str]:
@@ -112,4 +112,4 @@ def gap(verdict: Verdict) -> str:
     if crash is None or crash.native_error is None:
         return ""
     extent = "only the innermost frame is known" if crash.native else "not known"
-    return f"{extent}: {common.one_line(crash.native_error)}"
+    return f"{extent}: {common.single_line(crash.native_error)}"

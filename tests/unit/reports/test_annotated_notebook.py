@@ -18,7 +18,7 @@ from safe_exec.model.limits import Limits
 from safe_exec.model.verdict import CauseKind, CellStatus, Role, Status, Stopped, Verdict
 from safe_exec.notebook.notebook import strip_annotations
 from safe_exec.reports.annotated_notebook import annotate
-from safe_exec.reports.text.common import one_line
+from safe_exec.reports.text.common import single_line
 from safe_exec.reports.text.markdown import code_span, fenced, inert
 from tests.unit.builders import (
     every_verdict,
@@ -423,7 +423,7 @@ def shown(markdown: str) -> str:
 def test_inert_text_shows_itself_and_does_nothing(words: str) -> None:
     markdown = f"Why: {inert(words)}"
     assert set(tags(markdown)) <= {"p", "code"}
-    assert shown(markdown) == f"Why: {one_line(words)}".rstrip()
+    assert shown(markdown) == f"Why: {single_line(words)}".rstrip()
     prose = re.sub(r"`[^`]*`", "", markdown)
     assert "$" not in prose and "\\" not in prose and "://" not in prose
 

@@ -43,7 +43,7 @@ def row(report: NotebookReport) -> dict[str, Any]:
     peak = verdict.usage.memory_peak if verdict is not None else None
     limit = verdict.limits.memory if verdict is not None else None
     return {
-        "path": common.one_line(result.path),
+        "path": common.single_line(result.path),
         "outcome": report.outcome.value,
         "status": batch_text.status_words(result.status),
         "what": common.clip(batch_text.in_short(report), common.HEADLINE_WIDTH),
@@ -57,10 +57,10 @@ def row(report: NotebookReport) -> dict[str, Any]:
         "memory": peak,
         "peak": _size(peak),
         "limit": _size(limit),
-        "machine": common.one_line(verdict.environment.machine or "")
+        "machine": common.single_line(verdict.environment.machine or "")
         if verdict is not None
         else "",
-        "losses": f"worker lost on {', '.join(map(common.one_line, result.losses))}"
+        "losses": f"worker lost on {', '.join(map(common.single_line, result.losses))}"
         if result.losses
         else "",
         # Seconds since 1970; the search for culprits is included.
@@ -124,7 +124,7 @@ def _run(verdict: Verdict, notebooks: int) -> dict[str, Any]:
         "limits": list(_limits(verdict)),
         "weak": [*common.weak_limits(verdict), *common.weak_walls(verdict)],
         "environment": list(_environment(verdict)),
-        "warnings": [common.one_line(warning) for warning in verdict.warnings],
+        "warnings": [common.single_line(warning) for warning in verdict.warnings],
     }
 
 
@@ -184,7 +184,7 @@ def _limits(verdict: Verdict) -> Iterator[tuple[str, str, str]]:
                 if enforcement.by is Mechanism.NONE
                 else enforcement.by.value
             )
-            note = common.one_line(enforcement.note) if enforcement is not None else ""
+            note = common.single_line(enforcement.note) if enforcement is not None else ""
             yield (
                 name.value.replace("_", " "),
                 common.quantity(name, value),
@@ -204,7 +204,7 @@ def _environment(verdict: Verdict) -> Iterator[tuple[str, str]]:
         "run": verdict.run_id,
         "safe-exec": verdict.safe_exec_version,
     }
-    yield from ((name, common.one_line(value)) for name, value in figures.items() if value)
+    yield from ((name, common.single_line(value)) for name, value in figures.items() if value)
 
 
 def _seconds(seconds: float | None) -> str:
@@ -235,16 +235,18 @@ def _failure(report: NotebookReport, verdict: Verdict) -> dict[str, Any]:
     }
     if cause is not None:
         data |= {
-            "why": "" if common.headline_has_summary(verdict) else common.one_line(cause.summary),
+            "why": ""
+            if common.headline_has_summary(verdict)
+            else common.single_line(cause.summary),
             "confidence": cause.confidence.value,
-            "advice": common.one_line(cause.advice),
+            "advice": common.single_line(cause.advice),
             "evidence": [
                 {
                     "fact": common.fact_name(fact),
                     "value": common.clip(
                         common.fact_value(fact.fact, fact.value), common.HEADLINE_WIDTH
                     ),
-                    "source": common.one_line(fact.source),
+                    "source": common.single_line(fact.source),
                     "origin": fact.origin.value,
                 }
                 for fact in cause.evidence

@@ -67,8 +67,8 @@ def test_nothing_harmful_passes(raw: str) -> None:
 
 
 @given(anything)
-def test_one_line_is_one_line(raw: str) -> None:
-    assert len(common.one_line(raw).splitlines()) <= 1
+def test_a_single_line_is_one_line(raw: str) -> None:
+    assert len(common.single_line(raw).splitlines()) <= 1
 
 
 @given(anything, st.integers(0, 20))
