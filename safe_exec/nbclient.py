@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from nbclient import NotebookClient as PlainNotebookClient
 
-from safe_exec.sandboxed_kernels import SandboxedKernels
+from safe_exec.interactive.sandboxed_kernels import SandboxedKernels
 
 __all__ = ["NotebookClient"]
 

@@ -13,8 +13,6 @@ import math
 import re
 from decimal import Decimal
 
-from safe_exec.patterns import lazy_pattern
-
 # Words that lift a limit, like a real null.
 UNLIMITED = frozenset({"none", "null", "unlimited"})
 
@@ -36,13 +34,12 @@ _COUNT = "a whole number"
 _CPUS = "a number of processors, such as 2 or 0.5"
 
 _NUMBER = r"((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[+-]?[0-9]{1,3})?)"
-_NUMBER_RE = lazy_pattern(_NUMBER, re.IGNORECASE)
-_SIZE_RE = lazy_pattern(_NUMBER + r"\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
-_PERCENT_RE = lazy_pattern(_NUMBER + r"\s*%", re.IGNORECASE)
-_DURATION_RE = lazy_pattern(
+# Compiled when they are used (re keeps them): a start may need none.
+_SIZE_FORM = _NUMBER + r"\s*([kmgt]?)(?:i?b)?"
+_PERCENT_FORM = _NUMBER + r"\s*%"
+_DURATION_FORM = (
     rf"(?:{_NUMBER}\s*d\s*)?(?:{_NUMBER}\s*h\s*)?(?:{_NUMBER}\s*m(?:in)?\s*)?"
-    rf"(?:{_NUMBER}\s*s(?:ec)?\s*)?(?:{_NUMBER}\s*ms)?",
-    re.IGNORECASE,
+    rf"(?:{_NUMBER}\s*s(?:ec)?\s*)?(?:{_NUMBER}\s*ms)?"
 )
 _DURATION_UNITS = (Decimal(86400), Decimal(3600), Decimal(60), Decimal(1), Decimal("0.001"))
 
@@ -69,7 +66,7 @@ def parse_size(value: object) -> int | None:
     text = _text(value, _SIZE)
     if text is None:
         return None
-    match = _SIZE_RE.fullmatch(text)
+    match = re.fullmatch(_SIZE_FORM, text, re.IGNORECASE)
     if match is None:
         raise _wrong(value, _SIZE)
     # Decimal, because a float cannot hold every number of bytes above 2**53.
@@ -84,7 +81,7 @@ def parse_size(value: object) -> int | None:
 def parse_percent(value: object) -> float | None:
     """Parse ``"75%"`` to 0.75; ``None`` if ``value`` is not a percentage. Raises UnitError."""
     match = (
-        _PERCENT_RE.fullmatch(value.strip())
+        re.fullmatch(_PERCENT_FORM, value.strip(), re.IGNORECASE)
         if isinstance(value, str) and len(value) <= _LONGEST
         else None
     )
@@ -200,15 +197,15 @@ def _text(value: object, expected: str) -> str | None:
 
 
 def _number(value: object, text: str, expected: str) -> Decimal:
-    if _NUMBER_RE.fullmatch(text) is None:
+    if re.fullmatch(_NUMBER, text, re.IGNORECASE) is None:
         raise _wrong(value, expected)
     return Decimal(text)
 
 
 def _seconds(value: object, text: str) -> Decimal:
-    if _NUMBER_RE.fullmatch(text):
+    if re.fullmatch(_NUMBER, text, re.IGNORECASE):
         return Decimal(text)
-    match = _DURATION_RE.fullmatch(text)
+    match = re.fullmatch(_DURATION_FORM, text, re.IGNORECASE)
     if match is None or not text:
         raise _wrong(value, _DURATION)
     return sum(

@@ -34,6 +34,7 @@ from safe_exec.model.ending import (
 )
 from safe_exec.model.evidence import CellLocation, FaultReport, Frame, NativeFrame
 from safe_exec.model.limits import Isolation, Limits
+from safe_exec.model.patterns import lazy_pattern
 from safe_exec.model.verdict import (
     Cause,
     CrashCell,
@@ -44,7 +45,6 @@ from safe_exec.model.verdict import (
     Verdict,
 )
 from safe_exec.notebook.inputs import NotebookInputs
-from safe_exec.patterns import lazy_pattern
 from safe_exec.sandbox.plan import SpawnPlan
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from jupyter_core.utils import run_sync
 from nbgrader.preprocessors import Execute as PlainExecute
 from traitlets import Enum
 
+from safe_exec.interactive.sandboxed_kernels import SandboxedKernels
 from safe_exec.notebook.notebook import OUR_ERROR_PREFIX
-from safe_exec.sandboxed_kernels import SandboxedKernels
 
 # The timeout of each repeated cell, if nbgrader has none.
 REPLAY_SECONDS = 60.0

@@ -16,7 +16,7 @@ from msgspec import Struct
 from safe_exec.keeper.protocol import FaultingThread
 from safe_exec.kernel.fault_site import read_site
 from safe_exec.model.evidence import FaultReport, Frame
-from safe_exec.patterns import lazy_pattern
+from safe_exec.model.patterns import lazy_pattern
 
 if TYPE_CHECKING:
     from safe_exec.kernel.cell_code import CellCode

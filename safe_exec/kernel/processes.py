@@ -26,7 +26,7 @@ from safe_exec.kernel.blocked import (
 )
 from safe_exec.model.ending import ExitStatus
 from safe_exec.model.observed import EndedChild, ObservedProcess
-from safe_exec.patterns import lazy_pattern
+from safe_exec.model.patterns import lazy_pattern
 
 MOST_PROCESSES = 64
 MOST_THREADS = 32

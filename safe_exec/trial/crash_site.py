@@ -23,7 +23,7 @@ from safe_exec.kernel.fault_report import (
 )
 from safe_exec.model.ending import CellError, CellFailed, Died, Ending, StartFailed, TimedOut
 from safe_exec.model.evidence import CellLocation, FaultReport, Frame
-from safe_exec.patterns import lazy_pattern
+from safe_exec.model.patterns import lazy_pattern
 from safe_exec.trial.printed import without_colours
 from safe_exec.trial.scripts import header_line, script_line
 

@@ -5,7 +5,7 @@ The agent sees no audit events of such code.
 
 from __future__ import annotations
 
-from safe_exec.patterns import lazy_pattern
+from safe_exec.model.patterns import lazy_pattern
 
 # Longer lines are cut in the evidence.
 LONGEST_TEXT = 200

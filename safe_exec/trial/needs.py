@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from safe_exec.model.ending import CellError
 from safe_exec.model.evidence import NeedKind, Raised
-from safe_exec.patterns import lazy_pattern
+from safe_exec.model.patterns import lazy_pattern
 
 # Each need costs system calls outside, and the notebook chooses their number.
 MOST_NEEDS = 60

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from safe_exec.patterns import lazy_pattern
+from safe_exec.model.patterns import lazy_pattern
 
 _HEADER = lazy_pattern(r"\s*%%(\S+)(.*)")
 _MESSAGES = (

@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any, Self
 from msgspec import Struct
 from msgspec.structs import replace
 
-from safe_exec import patterns
 from safe_exec.errors import EnforcementError, OutputPathError, SafeExecError
 from safe_exec.files import OutputDirectory, ReservedSpace, one_line, read_regular
 from safe_exec.limits import profiles
-from safe_exec.model import events
+from safe_exec.model import events, patterns
 from safe_exec.model.ending import InternalError, OutputsDiffer, Passed
 from safe_exec.model.events import Event, EventSink
 from safe_exec.model.evidence import Evidence

@@ -21,8 +21,8 @@ from safe_exec.diagnosis.context import (
 )
 from safe_exec.model.ending import CellError, CellFailed, Died
 from safe_exec.model.evidence import Volume
+from safe_exec.model.patterns import lazy_pattern
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
-from safe_exec.patterns import lazy_pattern
 from safe_exec.units import format_size
 
 SCARCE_BYTES = 4 << 20

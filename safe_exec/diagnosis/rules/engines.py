@@ -20,8 +20,8 @@ from safe_exec.diagnosis.context import (
     outside,
 )
 from safe_exec.model.ending import CellFailed, Died
+from safe_exec.model.patterns import lazy_pattern
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
-from safe_exec.patterns import lazy_pattern
 from safe_exec.units import format_size
 
 # From this share of the run's own memory limit on it cannot be told whose limit it was.

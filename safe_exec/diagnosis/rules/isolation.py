@@ -15,8 +15,8 @@ from safe_exec.diagnosis.context import Context, inside, leaves_reason_to_output
 from safe_exec.model.ending import CellFailed
 from safe_exec.model.evidence import Access, IsolationConflict, NeedKind
 from safe_exec.model.limits import Mechanism, Wall
+from safe_exec.model.patterns import lazy_pattern
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
-from safe_exec.patterns import lazy_pattern
 
 # A path in an environment of Python's: its prefix, and the first name below its packages.
 PACKAGES = lazy_pattern(

@@ -15,8 +15,8 @@ from msgspec import Struct
 
 from safe_exec.diagnosis.context import inside
 from safe_exec.model.evidence import Channel, Evidence, OutputBurst
+from safe_exec.model.patterns import lazy_pattern
 from safe_exec.model.verdict import Fact
-from safe_exec.patterns import lazy_pattern
 
 # Native code seldom writes: its last message may be so old, as some write a stack trace or wait
 # before they abort.

@@ -17,8 +17,8 @@ from safe_exec.diagnosis.context import (
 )
 from safe_exec.model.ending import CellError, CellFailed, Died, LimitHit
 from safe_exec.model.limits import LimitName
+from safe_exec.model.patterns import lazy_pattern
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
-from safe_exec.patterns import lazy_pattern
 from safe_exec.units import format_size
 
 # The exceptions that carry an error number of the system.

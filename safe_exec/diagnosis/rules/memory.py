@@ -28,8 +28,8 @@ from safe_exec.model.ending import (
     TimedOut,
 )
 from safe_exec.model.limits import LimitName, Mechanism
+from safe_exec.model.patterns import lazy_pattern
 from safe_exec.model.verdict import Activity, Cause, CauseKind, Confidence, Fact
-from safe_exec.patterns import lazy_pattern
 from safe_exec.units import format_seconds, format_size
 
 # The mode of vm.overcommit_memory in which no more is granted than there is (proc_sys_vm(5)).

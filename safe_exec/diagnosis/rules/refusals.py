@@ -15,8 +15,8 @@ from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outsi
 from safe_exec.diagnosis.rules.last_message import last_message
 from safe_exec.model.ending import CellError, CellFailed, Died
 from safe_exec.model.limits import LimitName
+from safe_exec.model.patterns import lazy_pattern
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
-from safe_exec.patterns import lazy_pattern
 
 # From this share of a limit on, it counts as reached: a failed call frees some of what it had
 # taken.

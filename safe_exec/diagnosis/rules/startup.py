@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from safe_exec.diagnosis.context import Context, inside, make, outside
 from safe_exec.model.ending import InternalError, StartFailed, TerminationReason
 from safe_exec.model.limits import LimitName, Mechanism
+from safe_exec.model.patterns import lazy_pattern
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
 from safe_exec.notebook.kernel_choice import kernels_of_language
-from safe_exec.patterns import lazy_pattern
 
 # How programs say that they were refused memory.
 MEMORY = lazy_pattern("out of memory|annot allocate|bad_alloc|MemoryError|virtual memory")

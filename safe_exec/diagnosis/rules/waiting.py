@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from safe_exec.model.evidence import ActivityObservation, Frame
 from safe_exec.model.observed import ObservedLock, ObservedProcess
-from safe_exec.patterns import lazy_pattern
+from safe_exec.model.patterns import lazy_pattern
 
 # Processor seconds per second, from which a process computes.
 AT_WORK = 0.5

@@ -19,7 +19,7 @@ from safe_exec.diagnosis.rules.waiting import (
 )
 from safe_exec.model.evidence import ActivityObservation
 from safe_exec.model.observed import ObservedLock, ObservedProcess
-from safe_exec.patterns import lazy_pattern
+from safe_exec.model.patterns import lazy_pattern
 from safe_exec.units import format_size
 
 

@@ -16,6 +16,7 @@ from safe_exec.limits.values import format_limit
 from safe_exec.model.ending import signal_name
 from safe_exec.model.evidence import Frame
 from safe_exec.model.limits import LimitName, Mechanism, Wall
+from safe_exec.model.patterns import lazy_pattern
 from safe_exec.model.verdict import (
     Cause,
     CauseKind,
@@ -28,7 +29,6 @@ from safe_exec.model.verdict import (
     Usage,
     Verdict,
 )
-from safe_exec.patterns import lazy_pattern
 from safe_exec.units import format_seconds, format_size
 
 SEPARATOR = " · "

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from safe_exec.patterns import LazyPattern, compile_next, lazy_pattern
+from safe_exec.model.patterns import LazyPattern, compile_next, lazy_pattern
 
 
 def test_a_pattern_behaves_like_a_compiled_one() -> None:
@@ -37,7 +37,7 @@ def test_a_pattern_is_compiled_at_its_first_use_and_once(monkeypatch: pytest.Mon
 def test_all_patterns_of_the_rules_are_valid() -> None:
     code = (
         "import safe_exec.diagnosis.verdict, safe_exec.trial.run\n"
-        "from safe_exec import patterns\n"
+        "from safe_exec.model import patterns\n"
         "count = len(patterns._uncompiled)\n"
         "while patterns.compile_next(): pass\n"
         "print(count)"
