@@ -4,6 +4,7 @@ Each action is reported before it happens, with the place of the call: after a f
 inside could report anything. The source is Python's audit events; ``signal.raise_signal`` has none.
 """
 
+import contextlib
 import os
 import re
 import sys
@@ -36,6 +37,7 @@ class OwnActions:
         self.group = os.getpgrp()
         self.traces = 0
         self.tracing = ()
+        self.unsent = []
 
     def note(self, event, args, frame):
         """Handle an audit event; ``frame`` is that of the caller."""
@@ -50,9 +52,7 @@ class OwnActions:
         elif event in LIMITS:
             self.note_limit(args, frame)
         elif event in TRACES:
-            self.traces += 1
-            if self.traces <= MOST_TRACES:
-                self.tell(frame, action="trace", call=event)
+            self.note_trace(event, frame)
         elif len(args) > 1 and args[1] in SYMBOLS:
             self.tell(frame, action="symbol", call=f"the C function {args[1]}()")
 
@@ -115,8 +115,25 @@ class OwnActions:
                 number=int(number),
             )
 
+    def note_trace(self, event, frame):
+        """Note that a trace function is about to be set or removed; it is reported later."""
+        # From CPython 3.11 on, setting one fails in any thread while the audit hook of such a call
+        # runs in another (a flag of the whole process). Sending lets other threads run, and debugpy
+        # then waited forever for one of them.
+        self.traces += 1
+        if self.traces <= MOST_TRACES:
+            self.unsent.append(self.action(frame, action="trace", call=event))
+
+    def send_traces(self):
+        """Report the noted trace functions. Called by the sampler and at the start of a cell."""
+        while self.unsent:
+            # Both threads may come here at a time.
+            with contextlib.suppress(IndexError):
+                self.inside.fact_of_any(**self.unsent.pop(0))
+
     def begin_cell(self):
         """Report the active trace functions at the start of a cell, if they have changed."""
+        self.send_traces()
         self.traces = 0
         on = tuple(
             name
@@ -134,8 +151,11 @@ class OwnActions:
 
     def tell(self, frame, **fields):
         """Report an action with its place. A forked child reports the signals that it sends."""
+        self.inside.fact_of_any(**self.action(frame, **fields))
+
+    def action(self, frame, **fields):
+        """Return the fact of an action with its place and time."""
         inside = self.inside
         rows = inside.frames(frame, MOST_ROWS)
-        inside.fact_of_any(
-            rows=rows, cell=inside.page.cell, at=time.monotonic(), child=inside.child, **fields
-        )
+        place = {"rows": rows, "cell": inside.page.cell, "at": time.monotonic()}
+        return {**place, "child": inside.child, **fields}

@@ -30,6 +30,7 @@ def sample_forever(inside):
             continue
         page.note_counts()
         inside.check_handler()
+        inside.actions.send_traces()
         if page.cell != cell:
             cell, started = page.cell, clock()
         frame = sys._current_frames().get(inside.main)

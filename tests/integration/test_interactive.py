@@ -366,6 +366,44 @@ def test_comms_in_both_directions(tmp_path: Path, mark: str) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("options", [(), ("--limits", "strict")], ids=["default", "strict"])
+def test_the_debugger_stops_at_a_breakpoint(
+    tmp_path: Path, mark: str, options: tuple[str, ...]
+) -> None:
+    async def main() -> None:
+        async with kernel(tmp_path, *options) as k:
+            session = k.client.session
+
+            async def ask(command: str, **arguments: Any) -> dict[str, Any]:
+                content = {"type": "request", "command": command, "seq": 1, "arguments": arguments}
+                message = session.msg("debug_request", content)
+                k.client.control_channel.send(message)
+                while True:
+                    reply = await k.client.get_control_msg(timeout=60)
+                    if reply["parent_header"]["msg_id"] == message["header"]["msg_id"]:
+                        assert reply["content"]["success"], reply
+                        return dict(reply["content"])
+
+            await ask("initialize", clientID="test", adapterID="", pathFormat="path")
+            await ask("attach")
+            code = "y = 41\ny + 1"
+            path = (await ask("dumpCell", code=code))["body"]["sourcePath"]
+            await ask("setBreakpoints", source={"path": path}, breakpoints=[{"line": 2}])
+            await ask("configurationDone")
+            k.client.execute(code)
+            events = []
+            while "stopped" not in events:
+                message = await k.client.get_iopub_msg(timeout=60)
+                if message["msg_type"] == "debug_event":
+                    events.append(message["content"]["event"])
+            await ask("continue", threadId=1)
+            while message["msg_type"] != "execute_result":
+                message = await k.client.get_iopub_msg(timeout=60)
+            assert message["content"]["data"]["text/plain"] == "42"
+
+    asyncio.run(main())
+
+
 def test_output_is_cut_at_its_cap(tmp_path: Path, mark: str) -> None:
     async def main() -> None:
         async with kernel(tmp_path, "--cell-output", "100K") as k:
