@@ -14,9 +14,11 @@ import json
 import os
 import stat
 import tarfile
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -88,20 +90,22 @@ def _size(base: Path, out: Path, most: int) -> int:
     return total
 
 
-def pack(base: Path, out: Path, directory: Path) -> str:
-    """Pack a folder into ``directory``, named by the digest of its content; return the digest."""
-    raw = directory / f"packing-{os.urandom(8).hex()}"
+def pack(base: Path, out: Path) -> tuple[str, IO[bytes]]:
+    """Pack a folder into a file without a name; return the digest of its content, and the file.
+
+    Raises OSError.
+    """
+    # A runner that is killed leaves no file without a name behind.
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
     # The same content has the same digest: sorted, without owners and without a time of packing.
     with (
-        raw.open("wb") as file,
         gzip.GzipFile(fileobj=file, mode="wb", compresslevel=1, mtime=0, filename="") as zipped,
         tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as archive,
     ):
         for path in _walk(base, out):
             archive.add(path, str(path.relative_to(base)), recursive=False, filter=_without_owner)
-    digest = digest_of(raw)
-    raw.rename(directory / digest)
-    return digest
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest(), file
 
 
 def _without_owner(member: tarfile.TarInfo) -> tarfile.TarInfo:

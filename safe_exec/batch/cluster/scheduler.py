@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import json
 import os
-import tempfile
 import threading
 import time
 import uuid
@@ -21,7 +20,7 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from concurrent.futures import CancelledError
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import Struct
@@ -138,8 +137,9 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
         self.flights: dict[str, Flight] = {}
         self.tasks: dict[asyncio.Task[None], Flight] = {}
         self.changed = asyncio.Event()
-        # Digests of archives by their folder.
+        # Digests of archives by their folder, and the archives.
         self.archive_of: dict[str, str] = {}
+        self.archives: dict[str, IO[bytes]] = {}
         self.packing = threading.Lock()
         self.transfers: dict[tuple[str, str], asyncio.Task[None]] = {}
         self.forwarded = 0
@@ -151,20 +151,20 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
 
     async def run(self) -> None:
         """Run all notebooks; on return each has a result and nothing is running."""
-        with tempfile.TemporaryDirectory(prefix="safe-exec-archives-") as directory:
-            self.archives = Path(directory)
-            async with connected(self.address, self._local_memory()) as client:
-                self.client: Client = client
-                if client.dashboard_link:
-                    self.listener.note(f"dask dashboard: {client.dashboard_link}")
-                client.subscribe_topic(self.batch, self._receive_event)
-                watching = asyncio.create_task(self._watch_workers())
-                try:
-                    await self._run_all()
-                finally:
-                    watching.cancel()
-                    for flight in self.flights.values():
-                        await self._release(flight)
+        async with connected(self.address, self._local_memory()) as client:
+            self.client: Client = client
+            if client.dashboard_link:
+                self.listener.note(f"dask dashboard: {client.dashboard_link}")
+            client.subscribe_topic(self.batch, self._receive_event)
+            watching = asyncio.create_task(self._watch_workers())
+            try:
+                await self._run_all()
+            finally:
+                watching.cancel()
+                for flight in self.flights.values():
+                    await self._release(flight)
+                for archive in self.archives.values():
+                    archive.close()
         for notebook in (*(waiting.task.notebook for waiting in self.waiting), *self.todo):
             self.results[notebook.path] = not_run(notebook)
 
@@ -621,20 +621,24 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
         with self.packing:
             chosen = files.with_base(source, self.tree.path)
             if chosen.base not in self.archive_of:
-                self.archive_of[chosen.base] = files.pack(
-                    Path(chosen.base), self.tree.path, self.archives
-                )
+                digest, archive = files.pack(Path(chosen.base), self.tree.path)
+                self.archive_of[chosen.base] = digest
+                if digest in self.archives:
+                    archive.close()
+                else:
+                    self.archives[digest] = archive
         return replace(chosen, archive=self.archive_of[chosen.base])
 
     async def _transfer(self, digest: str, address: str) -> None:
         from safe_exec.batch.cluster.task import put_piece
 
-        transfer, path = uuid.uuid4().hex, self.archives / digest
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            while data := file.read(files.PIECE_BYTES):
-                last = file.tell() >= size
-                await self.client.run(put_piece, digest, transfer, data, last, workers=[address])
+        transfer, archive = uuid.uuid4().hex, self.archives[digest]
+        size, bytes_sent = os.fstat(archive.fileno()).st_size, 0
+        # Several transfers read one file at a time. After the run it is closed, and this fails.
+        while data := os.pread(archive.fileno(), files.PIECE_BYTES, bytes_sent):
+            bytes_sent += len(data)
+            last = bytes_sent >= size
+            await self.client.run(put_piece, digest, transfer, data, last, workers=[address])
 
     # --- environments ---------------------------------------------------------------------------
 

@@ -41,7 +41,11 @@ def source_of(path: Path) -> SourceFiles:
 
 def pack(base: Path, directory: Path) -> Path:
     directory.mkdir(exist_ok=True)
-    return directory / files.pack(base, base / "out", directory)
+    digest, archive = files.pack(base, base / "out")
+    with archive:
+        archive.seek(0)
+        (directory / digest).write_bytes(archive.read())
+    return directory / digest
 
 
 def test_an_archive_holds_what_the_notebook_may_read(folder: Path, tmp_path: Path) -> None:
