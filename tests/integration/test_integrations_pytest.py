@@ -208,7 +208,7 @@ def test_ends_that_are_no_cells(project: Path, mark: str) -> None:
         (("--safe-exec-bisect-budget", "soon"), "--safe-exec-bisect-budget"),
         (("--safe-exec-show", "nowhere"), "--safe-exec-show nowhere: no such file or directory"),
         (("--safe-exec-writable", "/"), "--safe-exec-writable /: / itself cannot be named"),
-        (("--safe-exec-env", "A=b"), "--safe-exec-env A=b: expected the name of a variable"),
+        (("--safe-exec-env", "A=b"), "--safe-exec-env A: expected the name of a variable of yours"),
         (("--safe-exec-cwd", "nowhere"), "no such directory to run in (--safe-exec-cwd)"),
     ],
 )

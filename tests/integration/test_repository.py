@@ -269,7 +269,7 @@ def test_notebooks_of_a_batch_share_the_repository_and_may_share_a_directory(
         ),
         (
             ("--env", "A=b"),
-            "--env A=b: expected the name of a variable that is set for safe-exec itself",
+            "--env A: expected the name of a variable of yours; to set one, use --set-env NAME=VALUE",
         ),
     ],
 )

@@ -7,6 +7,7 @@ what is decided now) is its crash cell.
 
 from __future__ import annotations
 
+import ast
 import textwrap
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 
@@ -23,6 +24,8 @@ from safe_exec.experiments.culprits.statements import (
     text_of,
 )
 from safe_exec.experiments.static_analysis.dependencies import Dependencies, read_cell
+from safe_exec.experiments.static_analysis.names import USUAL
+from safe_exec.experiments.static_analysis.side_effects import writes_file
 
 # What a run must have shown at least so often to count as certain.
 CONFIRMATIONS = 2
@@ -62,8 +65,20 @@ class Reduction:
             number
             for number, piece in enumerate(self.pieces)
             if any(piece.span.has(line) for line in lines.get(piece.cell, ()))
+            or self._writes_file(piece)
         }
         self.selection = frozenset(range(len(self.pieces)))
+
+    def _writes_file(self, piece: Piece) -> bool:
+        """Whether a piece writes a file."""
+        # A file outside the notebook's folder is still there in the next trial, which then seems to
+        # need no statement that writes it.
+        numbers = range(piece.span.first, piece.span.last + 1)
+        try:
+            tree = ast.parse(textwrap.dedent(text_of(self.sources[piece.cell], numbers)))
+        except SyntaxError:
+            return False
+        return any(writes_file(node, USUAL) for node in ast.walk(tree))
 
     @property
     def depths(self) -> range:
