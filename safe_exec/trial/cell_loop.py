@@ -158,15 +158,15 @@ class CellLoop:
 
     async def _until_done(self, execution: asyncio.Future[Any], index: int, limits: Limits) -> bool:
         """Wait for the cell's end or its time limit; tell whether a known hang was recognised."""
-        time_left = self._time_left(limits)
+        deadline = self._deadline(limits, index)
         hang = self.request.hang
         recognised = (
-            await self._recognise(hang, execution, index, time_left)
+            await self._recognise(hang, execution, index, deadline)
             if hang is not None and hang.cell == index
             else False
         )
         if not recognised and not execution.done():
-            await self._wait(execution, self._seconds_left(time_left, index))
+            await self._wait(execution, self._seconds_left(deadline))
         if self.state.stopping.is_set() and not execution.done():
             await self.session.wait_dead(10.0)
             await asyncio.wait({execution}, timeout=5.0)
@@ -179,19 +179,16 @@ class CellLoop:
             {execution, self._stop}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
         )
 
-    def _seconds_left(self, time_left: float | None, index: int) -> float | None:
-        """Return the seconds that remain of those that a cell had when it began."""
-        began = self.metrics.records[index].started
-        if time_left is None or began is None:
-            return time_left
-        return max(0.0, time_left - (self.state.now() - began))
+    def _seconds_left(self, deadline: float | None) -> float | None:
+        """Return the seconds until a deadline, ``None`` without one."""
+        return None if deadline is None else max(0.0, deadline - self.state.now())
 
     async def _recognise(
         self,
         hang: HangRecognition,
         execution: asyncio.Future[Any],
         index: int,
-        time_left: float | None,
+        deadline: float | None,
     ) -> bool:
         """Look at the cell now and then; tell whether it shows the known hang for long enough."""
         since: float | None = None
@@ -200,7 +197,7 @@ class CellLoop:
         while True:
             # A cell that starts to hang late is looked at more and more rarely.
             await self._wait(execution, pause)
-            seconds_left = self._seconds_left(time_left, index)
+            seconds_left = self._seconds_left(deadline)
             ended = execution.done() or self.state.stopping.is_set()
             if (
                 ended
@@ -221,12 +218,22 @@ class CellLoop:
                     return not execution.done()
             self.state.forget_observation()
 
-    def _time_left(self, limits: Limits) -> float | None:
-        """Return the seconds until the first of the two time limits."""
-        remaining = [] if limits.cell_timeout is None else [limits.cell_timeout]
-        if self.request.limits.timeout is not None:
-            remaining.append(max(0.0, self.request.limits.timeout - self.state.now()))
-        return min(remaining) if remaining else None
+    def _deadline(self, limits: Limits, index: int) -> float | None:
+        """Return the moment of the first of the two time limits, on the clock of the trial."""
+        moments = [self._cell_deadline(limits, index), self.request.limits.timeout]
+        return min((moment for moment in moments if moment is not None), default=None)
+
+    def _cell_deadline(self, limits: Limits, index: int) -> float | None:
+        began = self.metrics.records[index].started
+        if limits.cell_timeout is None or began is None:
+            return None
+        return began + limits.cell_timeout
+
+    def _notebook_ends_first(self, limits: Limits, index: int) -> bool:
+        """Whether the notebook's time is up before the cell's."""
+        # Not by the clock: a timer may fire a moment early.
+        cell, notebook = self._cell_deadline(limits, index), self.request.limits.timeout
+        return notebook is not None and (cell is None or notebook <= cell)
 
     async def _over_time(
         self, execution: asyncio.Future[Any], index: int, limits: Limits, *, recognised: bool
@@ -241,10 +248,7 @@ class CellLoop:
         if self.session.kill_reason is not None:
             await self.session.wait_dead(10.0)
             return
-        whole_notebook = (
-            self.request.limits.timeout is not None
-            and self.state.now() >= self.request.limits.timeout
-        )
+        whole_notebook = self._notebook_ends_first(limits, index)
         allowed = self.request.limits.timeout if whole_notebook else limits.cell_timeout
         name = LimitName.TIMEOUT if whole_notebook else LimitName.CELL_TIMEOUT
         self.state.limit_reached(name, self.state.now() if whole_notebook else allowed)

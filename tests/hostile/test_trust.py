@@ -601,8 +601,13 @@ def test_no_escape_reaches_the_terminal(arena: Arena, name: str) -> None:
 @ROOT
 def test_no_escape_of_a_kernels_name_reaches_the_terminal(arena: Arena) -> None:
     path = make_notebook(arena.folder / "nb.ipynb", "1", kernel=EVIL)
-    seen = arena.launch(path, env={"TERM": "xterm"}, terminal=True).stdout
-    assert "did not start" in seen and RAW.findall(seen) == [], repr(seen)
+    env = {"TERM": "xterm", "IPYTHONDIR": str(arena.mkdir("ipython"))}
+    for options, told in (
+        ((), "is not installed"),
+        (("--kernel-fallback", "never"), "did not start"),
+    ):
+        seen = arena.launch(path, options=options, env=env, terminal=True).stdout
+        assert told in seen and RAW.findall(seen) == [], repr(seen)
 
 
 @ROOT
