@@ -14,6 +14,8 @@ MOST_LINES = 2
 # Smaller shares of the peak are not worth a line.
 LEAST_SHARE = 0.05
 LEAST_REST = 0.1
+# A request that was refused while little was in use was itself too large: holders explain nothing.
+LEAST_FILL = 0.5
 NO_NAME = "(no name yet)"
 OTHER_PROCESSES = "(other processes)"
 NATIVE = "not held by Python objects"
@@ -22,7 +24,7 @@ REST = "not attributed"
 
 def holder_lines(verdict: Verdict, most: int = MOST_SHOWN) -> list[str]:
     """Return a line for each large holder: ``cache  390 MiB · dict of 3 bytearray · code cells 2-4``."""
-    memory = verdict.memory
+    memory = _explaining(verdict)
     if memory is None:
         return []
     least = (memory.peak_bytes or 0) * LEAST_SHARE
@@ -35,11 +37,19 @@ def holder_lines(verdict: Verdict, most: int = MOST_SHOWN) -> list[str]:
 
 def largest_holder(verdict: Verdict) -> str:
     """Return the largest named holder in a few words, or nothing."""
-    memory = verdict.memory
+    memory = _explaining(verdict)
     holder = next((holder for holder in memory.holders if holder.name), None) if memory else None
     if memory is None or holder is None or holder.bytes < (memory.peak_bytes or 0) * LEAST_REST:
         return ""
     return f"held by {holder_line(holder, exact=memory.complete)}"
+
+
+def _explaining(verdict: Verdict) -> MemoryUse | None:
+    """Return the memory of a run in which it came near its limit, or whose limit is not known."""
+    memory, limit = verdict.memory, verdict.limits.memory
+    if memory is None or limit is None or memory.peak_bytes is None:
+        return memory
+    return memory if memory.peak_bytes >= limit * LEAST_FILL else None
 
 
 def holder_line(holder: Holder, *, exact: bool = True) -> str:
@@ -75,7 +85,7 @@ def holder_cells(holder: Holder) -> str:
 
 def allocation_lines(verdict: Verdict, most: int = MOST_LINES) -> list[str]:
     """Return the lines that allocated most: ``390 MiB · code cell 1, line 5, in `load```."""
-    memory = verdict.memory
+    memory = _explaining(verdict)
     if memory is None:
         return []
     least = (memory.peak_bytes or 0) * LEAST_REST

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
+from safe_exec.model.limits import Limits
 from safe_exec.model.memory import AllocationLine, CallSite, CellGrowth, Holder, MemoryUse
 from safe_exec.reports.text import memory
 from tests.unit.builders import make_verdict
@@ -41,6 +42,14 @@ def test_a_holder_has_its_size_content_and_cells() -> None:
     assert first == "cache  390 MiB · dict of 3 bytearray · code cells 2-4"
     assert second == "(no name yet)  60.0 MiB · allocated while line 2 ran"
     assert third == "not held by Python objects: 61.0 MiB"
+
+
+def test_a_refused_request_far_below_the_limit_has_no_holders() -> None:
+    limits = Limits(memory=4 << 30)
+    far = replace(VERDICT, limits=limits)
+    assert memory.holder_lines(far) == [] and memory.allocation_lines(far) == []
+    assert memory.largest_holder(far) == ""
+    assert memory.holder_lines(replace(far, limits=Limits(memory=600 * MIB))) != []
 
 
 def test_an_estimate_is_one() -> None:
