@@ -229,7 +229,9 @@ def memory_is_short_elsewhere(context: Context) -> bool:
     """The run's own limit did not strike: one that is lower than the other's stops the run first."""
     evidence = context.evidence
     ours = evidence.termination is TerminationReason.MEMORY
-    return not ours and bool(evidence.oom_elsewhere or evidence.oomd_killed)
+    # A kill by the group's own limit in the same cell says that this limit struck, too.
+    by_oomd = evidence.oomd_killed and not evidence.oom_kills_cell
+    return not ours and bool(evidence.oom_elsewhere or by_oomd)
 
 
 HELPS: Mapping[str, Callable[[Context], bool]] = {
