@@ -11,7 +11,21 @@ from collections.abc import Mapping
 from msgspec import Struct
 
 from safe_exec.batch.journal import JournalRecord
+from safe_exec.model import events
 from safe_exec.workflows.prepare import Job
+
+# The events that the progress display shows; a worker sends no others.
+ShownEvent = (
+    events.RunStarted
+    | events.KernelReady
+    | events.CellStarted
+    | events.UsageSampled
+    | events.Killed
+    | events.SearchStarted
+    | events.SearchTrialStarted
+    | events.SearchTrialFinished
+    | events.SearchFinished
+)
 
 
 class SourceFiles(Struct, frozen=True, kw_only=True):

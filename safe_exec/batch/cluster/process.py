@@ -31,6 +31,7 @@ from safe_exec.batch.cluster.messages import (
     NotebookRequest,
     RefusedNotebook,
     Reply,
+    ShownEvent,
 )
 from safe_exec.batch.selection import SelectedNotebook
 from safe_exec.batch.worker import (
@@ -53,18 +54,6 @@ log = logging.getLogger("safe_exec")
 EVENT_SECONDS = 0.5
 """The time between two messages with events."""
 SOURCE_CHARACTERS = 200
-# The events that the progress display shows.
-_SHOWN = (
-    events.RunStarted
-    | events.KernelReady
-    | events.CellStarted
-    | events.UsageSampled
-    | events.Killed
-    | events.SearchStarted
-    | events.SearchTrialStarted
-    | events.SearchTrialFinished
-    | events.SearchFinished
-)
 
 
 # Imported before the fork, so that no notebook pays for them.
@@ -214,7 +203,7 @@ class EventSender:
 
     def __call__(self, event: events.Event) -> None:
         """Take an event of the run."""
-        if not isinstance(event, _SHOWN):
+        if not isinstance(event, ShownEvent):
             return
         if isinstance(event, events.CellStarted):
             event = replace(event, source=event.source[:SOURCE_CHARACTERS])

@@ -37,6 +37,7 @@ from safe_exec.batch.cluster.messages import (
     NotStarted,
     RefusedNotebook,
     Reply,
+    ShownEvent,
     SourceFiles,
     WorkerFacts,
 )
@@ -49,7 +50,6 @@ from safe_exec.batch.queue import BatchListener, NotebookQueue, Plan, not_run
 from safe_exec.batch.worker import NotebookTask, record_of, record_without_verdict
 from safe_exec.errors import ClusterError, UsageError
 from safe_exec.files import OutputDirectory, OutputRoot, one_line
-from safe_exec.model import events
 from safe_exec.model.events import EventSink
 from safe_exec.model.limits import Wall
 from safe_exec.model.verdict import Status, Verdict
@@ -67,17 +67,7 @@ SIGNAL_SECONDS = 60.0
 """The time that notebooks have to end after a signal, with their search and their documents."""
 SPARE = 4
 """Requests beyond the number of threads, so that no worker waits for the runner."""
-_EVENTS = msgspec.json.Decoder(
-    events.RunStarted
-    | events.KernelReady
-    | events.CellStarted
-    | events.UsageSampled
-    | events.Killed
-    | events.SearchStarted
-    | events.SearchTrialStarted
-    | events.SearchTrialFinished
-    | events.SearchFinished
-)
+_EVENTS = msgspec.json.Decoder(ShownEvent)
 
 
 class WaitingNotebook(Struct, frozen=True, kw_only=True):
