@@ -248,7 +248,8 @@ class CellLoop:
         if self.session.kill_reason is not None:
             await self.session.wait_dead(10.0)
             return
-        whole_notebook = self._notebook_ends_first(limits, index)
+        # A recognised hang is one that ran past its cell's time, however little time the search had.
+        whole_notebook = not recognised and self._notebook_ends_first(limits, index)
         allowed = self.request.limits.timeout if whole_notebook else limits.cell_timeout
         name = LimitName.TIMEOUT if whole_notebook else LimitName.CELL_TIMEOUT
         self.state.limit_reached(name, self.state.now() if whole_notebook else allowed)
