@@ -10,25 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
-import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from concurrent.futures import CancelledError
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from msgspec import Struct
 from msgspec.structs import replace
 
-from safe_exec._version import __version__
 from safe_exec.batch.cluster import files, placement
 from safe_exec.batch.cluster.connection import LOCAL, ClusterAddress, connected
+from safe_exec.batch.cluster.flights import Flight, WaitingNotebook
 from safe_exec.batch.cluster.messages import (
     FinishedNotebook,
     Grant,
@@ -38,19 +34,18 @@ from safe_exec.batch.cluster.messages import (
     RefusedNotebook,
     Reply,
     ShownEvent,
-    SourceFiles,
-    WorkerFacts,
 )
 from safe_exec.batch.cluster.placement import NotebookNeeds
-from safe_exec.batch.fingerprint import describe_differences, key_of_run, pass_key
+from safe_exec.batch.cluster.transfers import FileTransfers
+from safe_exec.batch.cluster.workers import ClusterWorkers
+from safe_exec.batch.fingerprint import key_of_run, pass_key
 from safe_exec.batch.history import RunHistory
 from safe_exec.batch.journal import Journal, JournalRecord
 from safe_exec.batch.outcome import REFUSED_CODE
 from safe_exec.batch.queue import BatchListener, NotebookQueue, Plan, not_run
 from safe_exec.batch.worker import NotebookTask, record_of, record_without_verdict
-from safe_exec.errors import ClusterError, UsageError
+from safe_exec.errors import UsageError
 from safe_exec.files import OutputDirectory, OutputRoot, one_line
-from safe_exec.model.events import EventSink
 from safe_exec.model.limits import Wall
 from safe_exec.model.verdict import Status, Verdict
 from safe_exec.reports.batch.results import REFUSED
@@ -58,7 +53,7 @@ from safe_exec.workflows.prepare import PreparedJob, prepare
 from safe_exec.workflows.run import abandon_job
 
 if TYPE_CHECKING:
-    from distributed import Client, Future
+    from distributed import Client
 
 WATCH_SECONDS = 1.0
 """The time between two looks at the workers of the cluster."""
@@ -68,42 +63,6 @@ SIGNAL_SECONDS = 60.0
 SPARE = 4
 """Requests beyond the number of threads, so that no worker waits for the runner."""
 _EVENTS = msgspec.json.Decoder(ShownEvent)
-
-
-class WaitingNotebook(Struct, frozen=True, kw_only=True):
-    """A notebook that waits for a worker.
-
-    ``cwd`` is where it runs, ``key`` the fingerprint of the run, ``inputs`` the hashes of the files
-    that it declares. ``losses`` are the machines whose workers were lost while they ran it.
-    """
-
-    task: NotebookTask
-    cwd: Path
-    kernel: str
-    needs: NotebookNeeds
-    source: SourceFiles
-    key: str
-    inputs: Mapping[str, str | None]
-    attempt: int = 1
-    losses: tuple[str, ...] = ()
-
-
-class Flight:
-    """A notebook that was given to dask."""
-
-    def __init__(self, waiting: WaitingNotebook) -> None:
-        self.waiting = waiting
-        self.name = f"safe-exec-{uuid.uuid4().hex}"
-        self.losses = list(waiting.losses)
-        self.future: Future[Reply] | None = None
-        # The worker that runs it.
-        self.address: str | None = None
-        self.machine: str | None = None
-        self.sink: EventSink | None = None
-        # Taken back before it started: dask's task is cancelled, and the notebook waits again.
-        self.withdrawn = False
-        # The reply has arrived: whatever dask does with the task, it must not start again.
-        self.settled = False
 
 
 class ClusterScheduler(NotebookQueue[WaitingNotebook]):
@@ -121,20 +80,11 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
         super().__init__(plan, tree, journal, listener)
         self.address = address
         self.batch = f"safe-exec-{uuid.uuid4().hex}"
-        self.workers: dict[str, WorkerFacts] = {}
-        # Addresses that cannot be used, so that each is reported once.
-        self.unusable: set[str] = set()
         self.flights: dict[str, Flight] = {}
         self.tasks: dict[asyncio.Task[None], Flight] = {}
         self.changed = asyncio.Event()
-        # Digests of archives by their folder, and the archives.
-        self.archive_of: dict[str, str] = {}
-        self.archives: dict[str, IO[bytes]] = {}
-        self.packing = threading.Lock()
-        self.transfers: dict[tuple[str, str], asyncio.Task[None]] = {}
         self.forwarded = 0
         self.stop_deadline: float | None = None
-        self.environments: dict[str, asyncio.Task[str]] = {}
         self.adopted = False
 
     # --- the run --------------------------------------------------------------------------------
@@ -143,6 +93,14 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
         """Run all notebooks; on return each has a result and nothing is running."""
         async with connected(self.address, self._local_memory()) as client:
             self.client: Client = client
+            self.workers = ClusterWorkers(
+                client,
+                self.address,
+                mechanisms=self.plan.template.mechanisms,
+                memory=self._local_memory(),
+                note=self.listener.note,
+            )
+            self.transfers = FileTransfers(client, self.tree.path)
             if client.dashboard_link:
                 self.listener.note(f"dask dashboard: {client.dashboard_link}")
             client.subscribe_topic(self.batch, self._receive_event)
@@ -153,8 +111,7 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
                 watching.cancel()
                 for flight in self.flights.values():
                     await self._release(flight)
-                for archive in self.archives.values():
-                    archive.close()
+                self.transfers.close()
         for notebook in (*(waiting.task.notebook for waiting in self.waiting), *self.todo):
             self.results[notebook.path] = not_run(notebook)
 
@@ -189,7 +146,7 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
 
     async def _wait_for_workers(self) -> None:
         is_announced = False
-        while not self.workers and not self.stopped and self.trouble is None:
+        while not self.workers.usable and not self.stopped and self.trouble is None:
             if not is_announced and self.address.kind != LOCAL:
                 self.listener.note(f"waiting for workers of {self.address.text}")
                 is_announced = True
@@ -209,7 +166,7 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
             task.result()
 
     def _most_flights(self) -> int:
-        threads = sum(worker.threads for worker in self.workers.values())
+        threads = self.workers.threads
         # Without a worker nothing is submitted: see _place_again.
         if not threads:
             return 0
@@ -228,8 +185,6 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
         """Keep ``workers`` up to date, and notice the end of the scheduler."""
         while self.trouble is None:
             try:
-                if self.client.status != "running":
-                    raise ClusterError("connection lost")  # noqa: TRY301 - the same as any error below
                 await self._update_workers()
             # Whatever the transport raises, the scheduler cannot be asked any more.
             except Exception as error:  # noqa: BLE001
@@ -239,21 +194,13 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
                 )
                 self.changed.set()
                 return
-            await asyncio.sleep(WATCH_SECONDS if self.workers else FIRST_WATCH_SECONDS)
+            await asyncio.sleep(WATCH_SECONDS if self.workers.usable else FIRST_WATCH_SECONDS)
 
     async def _update_workers(self) -> None:
-        # The client's own list may be cut short, and a second old.
-        scheduler: Any = self.client.scheduler
-        current = (await scheduler.identity(n_workers=-1))["workers"]
-        departed = self.workers.keys() - current.keys()
-        for address in departed:
-            del self.workers[address]
-        fresh = current.keys() - self.workers.keys() - self.unusable
-        if fresh:
-            await self._prepare_workers(sorted(fresh))
-        if departed or fresh:
-            await self._place_again(departed)
-            threads = sum(worker.threads for worker in self.workers.values())
+        change = await self.workers.update()
+        if change.departed or change.fresh:
+            await self._place_again(change.departed)
+            threads = self.workers.threads
             self.jobs = max(self.jobs, min(threads, self.plan.capacity.jobs or threads))
             self.changed.set()
         self._show_load()
@@ -266,32 +213,6 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
             if flight.address is None or flight.address in departed:
                 await self._withdraw(flight)
 
-    async def _prepare_workers(self, addresses: list[str]) -> None:
-        from safe_exec.batch.cluster.task import prepare_worker
-
-        is_local = self.address.kind == LOCAL
-        answers = await self.client.run(
-            prepare_worker,
-            self.plan.template.mechanisms,
-            self._local_memory(),
-            # Local workers have one thread each and share all processors.
-            float(os.cpu_count() or 1) if is_local else None,
-            workers=addresses,
-            on_error="return",
-        )
-        for address, facts in answers.items():
-            if not isinstance(facts, WorkerFacts):
-                self._reject(address, f"safe-exec cannot run there: {one_line(facts)}")
-            elif facts.version != __version__:
-                self._reject(address, f"it has safe-exec {facts.version}, this is {__version__}")
-            else:
-                self.workers[address] = facts
-
-    def _reject(self, address: str, reason: str) -> None:
-        # A worker that leaves while it is asked is reported by its absence.
-        self.unusable.add(address)
-        self.listener.note(f"worker {address} gets no notebooks: {reason}")
-
     def _local_memory(self) -> int | None:
         machine = self.plan.template.machine
         # The template's machine has the share of one notebook already.
@@ -300,19 +221,17 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
     def _adopt_memory(self) -> None:
         """Let limits in per cent refer to the smallest worker."""
         machine, self_made = self.plan.template.machine, self.address.kind == LOCAL
-        if machine is None or self_made or not self.workers or self.adopted:
+        if machine is None or self_made or not self.workers.usable or self.adopted:
             return
         # Once: a worker that joins later must not change the limits of the batch.
         self.adopted = True
-        memory = min(worker.memory for worker in self.workers.values())
-        template = replace(self.plan.template, machine=replace(machine, memory_total=memory))
+        smallest = replace(machine, memory_total=self.workers.smallest_memory)
+        template = replace(self.plan.template, machine=smallest)
         self.plan = replace(self.plan, template=template)
 
     def _show_load(self) -> None:
         running = Counter(flight.machine for flight in self.flights.values() if flight.machine)
-        threads: Counter[str] = Counter()
-        for worker in self.workers.values():
-            threads[worker.machine] += worker.threads
+        threads = self.workers.threads_by_machine()
         self.listener.load({name: (running[name], count) for name, count in threads.items()})
 
     # --- one notebook ---------------------------------------------------------------------------
@@ -344,7 +263,7 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
     def _submit(self, waiting: WaitingNotebook) -> None:
         from safe_exec.batch.cluster.task import run_notebook
 
-        workers = list(self.workers.values())
+        workers = list(self.workers.usable.values())
         reason = placement.refusal(waiting.needs, workers)
         if reason is not None:
             self._finish_without_verdict(waiting, REFUSED, REFUSED_CODE, reason)
@@ -471,7 +390,7 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
         passed = None
         # A flaky notebook is not skipped next time: its pass was luck.
         if record.status == Status.PASSED and not record.flaky:
-            environment = await self._environment(waiting.kernel)
+            environment = await self.workers.environment(waiting.kernel)
             passed = pass_key(waiting.key, waiting.cwd, environment, waiting.inputs)
         history = RunHistory(seconds=record.seconds, passed=passed)
         await asyncio.to_thread(self.history.put, waiting.task.notebook.source, history)
@@ -509,7 +428,7 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
         """Decide whether a task may start its notebook."""
         if flight is None or flight.settled or flight.withdrawn or self.stopped:
             return Grant(allowed=False)
-        worker = self.workers.get(address)
+        worker = self.workers.usable.get(address)
         if worker is None:
             # It left meanwhile, or it is not known yet: the notebook is placed once more.
             return Grant(allowed=False)
@@ -517,7 +436,9 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
         # dask repeats a task only after it lost the worker that ran it.
         if flight.machine is not None:
             self._count_loss(flight)
-            others = placement.elsewhere(flight.losses, flight.waiting.needs, self.workers.values())
+            others = placement.elsewhere(
+                flight.losses, flight.waiting.needs, self.workers.usable.values()
+            )
             if placement.is_given_up(flight.losses) or (machine in flight.losses and others):
                 return Grant(allowed=False)
         flight.machine, flight.address = machine, address
@@ -526,7 +447,7 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
             notebook.path, attempt=attempt, run_id=flight.name, machine=machine
         )
         flight.sink = self.listener.sink(notebook.path, attempt, machine)
-        neighbours = sum(w.threads for w in self.workers.values() if w.machine == machine)
+        neighbours = self.workers.threads_of(machine)
         return Grant(allowed=True, losses=tuple(flight.losses), neighbours=max(neighbours, 1))
 
     def _count_loss(self, flight: Flight) -> None:
@@ -581,23 +502,17 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
     async def _send_files(self, waiting: WaitingNotebook, address: str) -> None:
         """Send the notebook's surroundings to a machine that has not got them; queue it again."""
         try:
-            source = await asyncio.to_thread(self._packed, waiting.source)
+            source = await self.transfers.pack(waiting.source)
         except (UsageError, OSError) as error:
             self._finish_without_verdict(waiting, REFUSED, REFUSED_CODE, str(error))
             return
         assert source.archive is not None
-        worker = self.workers.get(address)
+        worker = self.workers.usable.get(address)
         machine = worker.machine if worker is not None else address
-        transfer = self.transfers.get((machine, source.archive))
-        if transfer is None:
-            # One transfer for all notebooks that need the archive there.
-            transfer = asyncio.create_task(self._transfer(source.archive, address))
-            self.transfers[machine, source.archive] = transfer
         try:
-            await asyncio.shield(transfer)
+            await self.transfers.send(source.archive, address, machine)
         except Exception as error:  # noqa: BLE001 - the worker may be gone, or its disk full
-            self.transfers.pop((machine, source.archive), None)
-            if address in self.workers:
+            if address in self.workers.usable:
                 self._finish_without_verdict(
                     waiting,
                     str(Status.INTERNAL_ERROR),
@@ -606,47 +521,3 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
                 )
                 return
         self.waiting.insert(0, replace(waiting, source=source))
-
-    def _packed(self, source: SourceFiles) -> SourceFiles:
-        with self.packing:
-            chosen = files.with_base(source, self.tree.path)
-            if chosen.base not in self.archive_of:
-                digest, archive = files.pack(Path(chosen.base), self.tree.path)
-                self.archive_of[chosen.base] = digest
-                if digest in self.archives:
-                    archive.close()
-                else:
-                    self.archives[digest] = archive
-        return replace(chosen, archive=self.archive_of[chosen.base])
-
-    async def _transfer(self, digest: str, address: str) -> None:
-        from safe_exec.batch.cluster.task import put_piece
-
-        transfer, archive = uuid.uuid4().hex, self.archives[digest]
-        size, bytes_sent = os.fstat(archive.fileno()).st_size, 0
-        # Several transfers read one file at a time. After the run it is closed, and this fails.
-        while data := os.pread(archive.fileno(), files.PIECE_BYTES, bytes_sent):
-            bytes_sent += len(data)
-            last = bytes_sent >= size
-            await self.client.run(put_piece, digest, transfer, data, last, workers=[address])
-
-    # --- environments ---------------------------------------------------------------------------
-
-    async def _environment(self, kernel: str) -> str:
-        """Describe a kernel on all machines; warn once if they differ."""
-        if kernel not in self.environments:
-            self.environments[kernel] = asyncio.create_task(self._collect_environment(kernel))
-        return await asyncio.shield(self.environments[kernel])
-
-    async def _collect_environment(self, kernel: str) -> str:
-        from safe_exec.batch.cluster.task import kernel_environment
-
-        addresses = {worker.machine: address for address, worker in self.workers.items()}
-        answers = await self.client.run(
-            kernel_environment, kernel, workers=list(addresses.values()), on_error="ignore"
-        )
-        texts = {machine: answers[a] for machine, a in addresses.items() if a in answers}
-        difference = describe_differences(texts)
-        if difference:
-            self.listener.note(f"kernel {kernel} differs between workers: {difference}")
-        return json.dumps(sorted(set(texts.values())))
