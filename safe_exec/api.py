@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from safe_exec.errors import UsageError
 from safe_exec.limits import isolation
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from safe_exec.notebook.comparison import ComparisonRules
     from safe_exec.notebook.literals import Value
 
+P = ParamSpec("P")
 
-def run(
+
+async def run_async(
     path: str | os.PathLike[str],
     *,
     limits: str | Limits | None = None,
@@ -93,89 +96,9 @@ def run(
 
     A failing notebook yields a verdict, not an exception. Raises UsageError (and its kinds
     NotebookError, LimitsError, OutputPathError) for unusable input, before anything is written.
-    Must not be called from a running event loop: use :func:`run_async` there.
+    ``run`` returns the verdict and must not be called from a running event loop: await
+    ``run_async`` there, which has the same arguments.
     """
-    _refuse_a_running_loop()
-    return asyncio.run(
-        run_async(
-            path,
-            limits=limits,
-            options=options,
-            output=output,
-            verdict=verdict,
-            repro=repro,
-            kernel=kernel,
-            kernel_fallback=kernel_fallback,
-            cwd=cwd,
-            allow_errors=allow_errors,
-            keep_going=keep_going,
-            require=require,
-            mechanisms=mechanisms,
-            env=env,
-            walls=walls,
-            parameters=parameters,
-            skip_tags=skip_tags,
-            only_tags=only_tags,
-            until=until,
-            exit_is=exit_is,
-            strict_shell=strict_shell,
-            stdin=stdin,
-            comparison=comparison,
-            in_place=in_place,
-            on_failure=on_failure,
-            clean_metadata=clean_metadata,
-            no_output=no_output,
-            keep_files=keep_files,
-            repeat=repeat,
-            retries=retries,
-            retry_on=retry_on,
-            bisect=bisect,
-            bisect_budget=bisect_budget,
-            on_event=on_event,
-            on_output=on_output,
-        )
-    )
-
-
-async def run_async(
-    path: str | os.PathLike[str],
-    *,
-    limits: str | Limits | None = None,
-    options: Mapping[str, object] | None = None,
-    output: str | os.PathLike[str] | None = None,
-    verdict: str | os.PathLike[str] | None = None,
-    repro: str | os.PathLike[str] | None = None,
-    kernel: str | None = None,
-    kernel_fallback: str = "language",
-    cwd: str | os.PathLike[str] | None = None,
-    allow_errors: bool = False,
-    keep_going: bool = False,
-    require: str | None = None,
-    mechanisms: Sequence[str] | None = None,
-    env: Mapping[str, str] | None = None,
-    walls: Mapping[str, object] | None = None,
-    parameters: Mapping[str, Value] | None = None,
-    skip_tags: Sequence[str] = (),
-    only_tags: Sequence[str] = (),
-    until: str | int | None = None,
-    exit_is: str = "success",
-    strict_shell: bool = False,
-    stdin: str | os.PathLike[str] | None = None,
-    comparison: ComparisonRules | None = None,
-    in_place: bool = False,
-    on_failure: str = "keep",
-    clean_metadata: bool = False,
-    no_output: bool = False,
-    keep_files: Sequence[str] = (),
-    repeat: int = 1,
-    retries: int | None = None,
-    retry_on: str | None = None,
-    bisect: str = "auto",
-    bisect_budget: float | None = None,
-    on_event: EventSink | None = None,
-    on_output: OutputListener | None = None,
-) -> Verdict:
-    """Run one notebook inside a running event loop; see ``run``."""
     job = Job(
         path=Path(path),
         limits=limits,
@@ -222,6 +145,20 @@ async def run_async(
     return await run_with_retries(job, policy, on_output=on_output)
 
 
+def _blocking(
+    function: Callable[P, Coroutine[Any, Any, Verdict]], name: str
+) -> Callable[P, Verdict]:
+    """Return a function with the same arguments that runs its own event loop."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Verdict:
+        _refuse_a_running_loop()
+        return asyncio.run(function(*args, **kwargs))
+
+    call.__name__ = call.__qualname__ = name
+    return call
+
+
 def _refuse_a_running_loop() -> None:
     try:
         asyncio.get_running_loop()
@@ -231,6 +168,10 @@ def _refuse_a_running_loop() -> None:
     raise RuntimeError(
         "safe_exec.run() cannot be called from a running event loop; await safe_exec.run_async() instead"
     )
+
+
+# Arguments and their documentation stand in one place, above.
+run = _blocking(run_async, "run")
 
 
 def _bisect(word: str) -> Bisect:

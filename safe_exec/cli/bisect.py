@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from safe_exec.cli.run import parse_budget
+from safe_exec.cli.options.job import parse_budget
 from safe_exec.errors import UsageError
 from safe_exec.model.verdict import CauseKind, Status, Verdict
 from safe_exec.notebook import notebook

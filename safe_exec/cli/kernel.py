@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 
-from safe_exec.cli.run import limit_options, wall_options, walls_of
+from safe_exec.cli.options.limits import (
+    Figures,
+    WallOptions,
+    limit_options,
+    mechanism_names,
+    wall_options,
+    walls_of,
+)
 from safe_exec.model.limits import LimitName
 
 # A session ends with its client, so only its cells have limits of time and output.
@@ -44,7 +49,7 @@ _SETTING = re.compile(r"--[A-Za-z]\w*\.\w+=")
     metavar="NAME|FILE",
     help="A profile (default, ci, strict, untrusted) or a YAML file of your own.",
 )
-@limit_options
+@limit_options()
 @wall_options
 @click.option(
     "--require",
@@ -62,12 +67,17 @@ _SETTING = re.compile(r"--[A-Za-z]\w*\.\w+=")
 @click.option("--no-history", is_flag=True, help="Do not record the session.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[--CLASS.TRAIT=VALUE]...")
 def command(
+    *,
     connection_file: Path,
     kernel: str,
+    limits: str | None,
+    figures: Figures,
+    walls: WallOptions,
+    require: str | None,
+    mechanisms: str | None,
     on_death: str,
     no_history: bool,
     arguments: tuple[str, ...],
-    **options: Any,
 ) -> int:
     """Run a kernel inside limits for whoever wrote the connection file.
 
@@ -82,9 +92,6 @@ def command(
     from safe_exec.interactive.proxy import OnDeath
     from safe_exec.interactive.start import KernelOptions, serve
 
-    figures = {
-        name.value: options[name.value] for name in LimitName if options[name.value] is not None
-    }
     for name in NOT_HERE:
         if name.value in figures:
             raise UsageError(
@@ -94,37 +101,17 @@ def command(
     for argument in arguments:
         if not _SETTING.match(argument):
             raise UsageError(f"no such option: {argument}; `safe-exec kernel --help` lists them")
-    mechanisms = options["mechanisms"]
     return serve(
         KernelOptions(
             connection_file=connection_file,
             kernel=kernel,
-            limits=options["limits"],
+            limits=limits,
             figures=figures,
-            walls=walls_of(options),
-            require=options["require"],
-            mechanisms=None
-            if mechanisms is None
-            else tuple(part.strip() for part in mechanisms.split(",")),
+            walls=walls_of(walls),
+            require=require,
+            mechanisms=mechanism_names(mechanisms),
             on_death=OnDeath(on_death),
             records=not no_history,
             arguments=arguments,
         )
     )
-
-
-def arguments_of(config: Mapping[str, str], options: Mapping[str, Any]) -> list[str]:
-    """The arguments of `safe-exec kernel` for these limits, and for the options of isolation."""
-    argv: list[str] = []
-    for key, figure in config.items():
-        argv += [f"--{key.replace('_', '-')}", figure]
-    # The profile decides unless one of both options was given.
-    if options["network"] is not None:
-        argv.append("--network" if options["network"] else "--no-network")
-    argv += ["--read-only"] if options["read_only"] else []
-    for option in ("show", "writable", "hide", "env_names", "devices"):
-        for item in options[option]:
-            name = {"env_names": "env", "devices": "device"}.get(option, option)
-            # The client may start it in any directory.
-            argv += [f"--{name}", item if name == "env" else str(Path(item).absolute())]
-    return argv

@@ -15,9 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from msgspec import Struct
 
-from safe_exec.cli.kernel import NOT_HERE, arguments_of
-from safe_exec.cli.run import options_of, wall_options, walls_of
+from safe_exec.cli.kernel import NOT_HERE
+from safe_exec.cli.options.group import option_group
+from safe_exec.cli.options.limits import (
+    Figures,
+    WallOptions,
+    figure_arguments,
+    limit_options,
+    wall_options,
+    walls_of,
+)
 from safe_exec.errors import OutputPathError, UsageError
 from safe_exec.limits import spec
 from safe_exec.model.limits import LimitName, Limits
@@ -54,6 +63,37 @@ def command() -> None:
     """Install a kernel for JupyterLab, VS Code and others that always runs inside limits."""
 
 
+class SessionOptions(Struct, frozen=True, kw_only=True):
+    """The options that the kernelspec passes on to `safe-exec kernel`, besides the limits."""
+
+    require: str | None = None
+    on_death: str | None = None
+    no_history: bool = False
+
+    def arguments(self) -> list[str]:
+        """Return the arguments of `safe-exec kernel` with the same effect."""
+        argv = ["--require", self.require] if self.require else []
+        argv += ["--on-death", self.on_death] if self.on_death else []
+        return [*argv, *(["--no-history"] if self.no_history else [])]
+
+
+session_options = option_group(
+    "session",
+    SessionOptions,
+    (
+        click.option(
+            "--require", metavar="LIMIT,...", help="Refuse to start unless these are enforced."
+        ),
+        click.option(
+            "--on-death",
+            type=click.Choice(["exit", "restart"]),
+            help="After the kernel died: end, or start a fresh one at once [exit].",
+        ),
+        click.option("--no-history", is_flag=True, help="Do not record sessions."),
+    ),
+)
+
+
 @command.command("install", short_help="Install a kernelspec that carries limits.")
 @click.option(
     "--limits",
@@ -61,15 +101,9 @@ def command() -> None:
     metavar="NAME|FILE",
     help="A profile or a YAML file of your own [default].",
 )
-@options_of([row for row in spec.OPTIONS if row.name in OFFERED])
+@limit_options([row for row in spec.OPTIONS if row.name in OFFERED])
 @wall_options
-@click.option("--require", metavar="LIMIT,...", help="Refuse to start unless these are enforced.")
-@click.option(
-    "--on-death",
-    type=click.Choice(["exit", "restart"]),
-    help="After the kernel died: end, or start a fresh one at once [exit].",
-)
-@click.option("--no-history", is_flag=True, help="Do not record sessions.")
+@session_options
 @click.option(
     "--provisioner",
     is_flag=True,
@@ -93,17 +127,28 @@ def command() -> None:
 @click.option("--sys-prefix", is_flag=True, help="For this virtual environment [inside of one].")
 @click.option("--prefix", type=click.Path(path_type=Path), help="Below PREFIX/share/jupyter.")
 def install(
-    limits: str, kernel: str, name: str | None, display_name: str | None, **options: Any
+    *,
+    limits: str,
+    figures: Figures,
+    walls: WallOptions,
+    session: SessionOptions,
+    provisioner: bool,
+    kernel: str,
+    name: str | None,
+    display_name: str | None,
+    user: bool,
+    sys_prefix: bool,
+    prefix: Path | None,
 ) -> int:
     """Install a copy of a kernelspec whose kernels run inside limits, whatever starts them.
 
     Its command starts `safe-exec kernel` from this environment; the environment of the kernel needs no safe-exec. Another
     of the same name is replaced if safe-exec wrote it. `jupyter kernelspec remove NAME` removes it.
     """
-    figures = {key.value: options[key.value] for key in OFFERED if options[key.value] is not None}
-    walls = walls_of(options)
-    if options["provisioner"]:
-        _refuse_beside_provisioner(figures, walls, options)
+    # Paths that do not exist are an error here, and not when a client starts the kernel.
+    changes_of_walls = walls_of(walls)
+    if provisioner:
+        _refuse_beside_provisioner(figures, changes_of_walls, session)
     config, effective = _configured(limits, figures)
     from jupyter_client.kernelspec import KernelSpecManager
 
@@ -117,18 +162,18 @@ def install(
         or f"{_ADDED.sub('', document['display_name'])} (safe-exec: {', '.join(changes)})"
     )
     metadata = document["metadata"] = dict(document.get("metadata") or {})
-    if options["provisioner"]:
+    if provisioner:
         metadata["kernel_provisioner"] = {"provisioner_name": PROVISIONER, "config": config}
     else:
         # Our command is a plain process without CurveZMQ, whatever the original kernel needs.
         for key in ("kernel_provisioner", "supported_encryption"):
             metadata.pop(key, None)
         metadata[METADATA_KEY] = {"kernel": kernel}
-        document["argv"] = _command(kernel, config, options)
+        document["argv"] = _command(kernel, config, walls, session)
     chosen = _checked_name(
         name or f"{kernel}-safe-exec-{re.sub('[^a-z0-9._-]+', '-', Path(limits).stem.lower())}"
     )
-    place = _place(options["user"], options["sys_prefix"], options["prefix"])
+    place = _place(user, sys_prefix, prefix)
     # Checked before anything is written.
     _refuse_to_replace(place / chosen)
     try:
@@ -142,33 +187,38 @@ def install(
         chosen,
         place / chosen,
         effective,
-        all_of=not options["provisioner"],
+        all_of=not provisioner,
     )
     return 0
 
 
 def _refuse_beside_provisioner(
-    figures: Mapping[str, str], walls: Mapping[str, Any], options: Mapping[str, Any]
+    figures: Figures, walls: Mapping[str, object], session: SessionOptions
 ) -> None:
     """Raise UsageError for options that the provisioner alone cannot enforce."""
     wrong = [name for name in figures if LimitName(name) not in HELD] + list(walls)
-    wrong += [name for name in ("require", "on_death", "no_history") if options[name]]
-    if wrong:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
-        raise UsageError(f"--provisioner: it cannot enforce {names}; leave --provisioner out")
+    names = [f"--{name.replace('_', '-')}" for name in wrong]
+    names += [word for word in session.arguments() if word.startswith("--")]
+    if names:
+        raise UsageError(
+            f"--provisioner: it cannot enforce {', '.join(names)}; leave --provisioner out"
+        )
 
 
-def _command(kernel: str, config: Mapping[str, str], options: Mapping[str, Any]) -> list[str]:
+def _command(
+    kernel: str, config: Mapping[str, str], walls: WallOptions, session: SessionOptions
+) -> list[str]:
     """Return the command of the kernelspec."""
-    # -P: the client starts it in the notebook's folder, whose modules must not replace ours.
-    argv = [sys.executable, "-P", "-m", "safe_exec", "kernel", "-f", "{connection_file}"]
-    # The client substitutes the connection file in every argument list.
-    argv += ["--kernel", kernel]
-    argv += arguments_of(config, options)
-    for option in ("require", "on_death"):
-        argv += [f"--{option.replace('_', '-')}", options[option]] if options[option] else []
-    argv += ["--no-history"] if options["no_history"] else []
-    return argv
+    return [
+        # -P: the client starts it in the notebook's folder, whose modules must not replace ours.
+        *(sys.executable, "-P", "-m", "safe_exec", "kernel"),
+        # The client substitutes the connection file in every argument list.
+        *("-f", "{connection_file}", "--kernel", kernel),
+        *figure_arguments(config),
+        # The client may start it in any directory.
+        *walls.absolute().arguments(),
+        *session.arguments(),
+    ]
 
 
 def _configured(limits: str, own: Mapping[str, str]) -> tuple[dict[str, str], Limits]:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import click
 
-from safe_exec.cli.kernel import NOT_HERE, arguments_of
-from safe_exec.cli.run import limit_options, wall_options, walls_of
+from safe_exec.cli.kernel import NOT_HERE
+from safe_exec.cli.options.limits import (
+    Figures,
+    WallOptions,
+    figure_arguments,
+    limit_options,
+    wall_options,
+    walls_of,
+)
 from safe_exec.model.limits import LimitName
 
 
@@ -26,7 +32,7 @@ from safe_exec.model.limits import LimitName
     show_default=True,
     help="Profile default, ci, strict or untrusted, or your YAML file.",
 )
-@limit_options
+@limit_options()
 @wall_options
 @click.option(
     "--kernel",
@@ -35,7 +41,7 @@ from safe_exec.model.limits import LimitName
     show_default=True,
     help="The kernel for cells; notebooks name their own.",
 )
-def command(folder: Path, limits: str, kernel: str, **options: Any) -> int:
+def command(*, folder: Path, limits: str, figures: Figures, walls: WallOptions, kernel: str) -> int:
     """Serve an agent on stdin and stdout: it may run notebooks in FOLDER, and cells.
 
     An MCP client starts this command; docs/integrations.md shows a configuration. The tools are
@@ -51,9 +57,6 @@ def command(folder: Path, limits: str, kernel: str, **options: Any) -> int:
     from safe_exec.mcp_server.settings import Settings
     from safe_exec.sandbox.host.capabilities import detect
 
-    figures = {
-        name.value: options[name.value] for name in LimitName if options[name.value] is not None
-    }
     # Checked now, so that a mistake is an error of the command and not of each call.
     profiles.resolve_simple(
         {"limits": limits, **figures}, None, machine_memory=detect().memory_total
@@ -64,8 +67,8 @@ def command(folder: Path, limits: str, kernel: str, **options: Any) -> int:
             folder=folder.resolve(),
             limits=limits,
             figures=figures,
-            walls=walls_of(options),
-            arguments=tuple(arguments_of(for_cells, options)),
+            walls=walls_of(walls),
+            arguments=(*figure_arguments(for_cells), *walls.absolute().arguments()),
             kernel=kernel,
         )
     )

@@ -7,15 +7,25 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import click
+from msgspec import Struct
 
 from safe_exec.cli import tables
+from safe_exec.cli.options.group import option_group
+from safe_exec.cli.options.job import parse_budget
+from safe_exec.cli.options.limits import (
+    Figures,
+    WallOptions,
+    demand_profile_name,
+    figure_arguments,
+    limit_options,
+    mechanism_names,
+    wall_options,
+    walls_of,
+)
 from safe_exec.cli.probe_report import RunLines, as_document, report
-from safe_exec.cli.run import limit_options, parse_budget, wall_options, walls_of
 from safe_exec.errors import UsageError
 from safe_exec.experiments.threshold.scales import SCALES
 from safe_exec.experiments.threshold.search import StopReason
@@ -30,6 +40,60 @@ NOT_FOUND, CANCELLED = 1, 130
 # A finer precision would measure only the noise between runs.
 FINEST = 0.001
 LIMITS = [name.value.replace("_", "-") for name in SCALES]
+
+
+class ProbeOptions(Struct, frozen=True, kw_only=True):
+    """The options that every run of a probe has, as the user gave them."""
+
+    limits: str | None = None
+    figures: Figures = {}
+    walls: WallOptions = WallOptions()
+    kernel: str | None = None
+    cwd: Path | None = None
+    allow_errors: bool = False
+    mechanisms: str | None = None
+
+    def arguments(self, *, without: LimitName) -> list[str]:
+        """Return the arguments of `safe-exec run` with the same effect, but for one limit."""
+        figures = {name: text for name, text in self.figures.items() if name != without.value}
+        argv = ["--limits", self.limits] if self.limits is not None else []
+        argv += [*figure_arguments(figures), *self.walls.arguments()]
+        argv += ["--kernel", self.kernel] if self.kernel is not None else []
+        argv += ["--cwd", str(self.cwd)] if self.cwd is not None else []
+        argv += ["--allow-errors"] if self.allow_errors else []
+        argv += ["--mechanisms", self.mechanisms] if self.mechanisms is not None else []
+        return argv
+
+
+probe_options = option_group(
+    "options",
+    ProbeOptions,
+    (
+        click.option(
+            "--limits",
+            metavar="NAME|FILE",
+            help="A profile (default, ci, strict) or your own YAML file.",
+        ),
+        limit_options(),
+        wall_options,
+        click.option(
+            "--kernel", metavar="NAME", help="Kernel to use instead of the notebook's own."
+        ),
+        click.option(
+            "--cwd",
+            type=click.Path(path_type=Path),
+            help="Directory whose copy the notebook runs in [the notebook's folder].",
+        ),
+        click.option(
+            "--allow-errors", is_flag=True, help="Continue after a cell that raises an exception."
+        ),
+        click.option(
+            "--mechanisms",
+            metavar="NAME,...",
+            help="Use only these mechanisms: cgroup-v2, cgroup-v1, rlimit, watchdog.",
+        ),
+    ),
+)
 
 
 @click.command(
@@ -52,30 +116,19 @@ LIMITS = [name.value.replace("_", "-") for name in SCALES]
     show_default=True,
     help="Time limit of all runs together.",
 )
-@click.option(
-    "--limits",
-    metavar="NAME|FILE",
-    help="A profile (default, ci, strict) or your own YAML file.",
-)
-@limit_options
-@wall_options
-@click.option("--kernel", metavar="NAME", help="Kernel to use instead of the notebook's own.")
-@click.option(
-    "--cwd",
-    type=click.Path(path_type=Path),
-    help="Directory whose copy the notebook runs in [the notebook's folder].",
-)
-@click.option(
-    "--allow-errors", is_flag=True, help="Continue after a cell that raises an exception."
-)
-@click.option(
-    "--mechanisms",
-    metavar="NAME,...",
-    help="Use only these mechanisms: cgroup-v2, cgroup-v1, rlimit, watchdog.",
-)
+@probe_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-def command(notebook: Path, limit: str, as_json: bool, quiet: bool, **options: Any) -> int:
+def command(
+    *,
+    notebook: Path,
+    limit: str,
+    precision: str,
+    budget: str,
+    options: ProbeOptions,
+    as_json: bool,
+    quiet: bool,
+) -> int:
     """Find the smallest LIMIT with which NOTEBOOK passes and the largest with which it fails.
 
     LIMIT is one of memory, cpu-time, cell-timeout, timeout, processes, open-files, file-size. The
@@ -86,11 +139,7 @@ def command(notebook: Path, limit: str, as_json: bool, quiet: bool, **options: A
     Exit codes: 0 found, 1 not found (another failure, or time ran out), 2 bad usage, 130 stopped.
     """
     name = LimitName(limit.replace("-", "_"))
-    # Removed from the options, because the command that reproduces a run has no such options.
-    share, seconds = (
-        parse_precision(options.pop("precision")),
-        parse_budget(options.pop("budget"), "--budget"),
-    )
+    share, seconds = parse_precision(precision), parse_budget(budget, "--budget")
     prepared = prepare(_job(notebook, options))
     with RunLines(
         sys.stderr, SCALES[name], quiet=quiet or (as_json and not sys.stderr.isatty())
@@ -124,61 +173,38 @@ def parse_precision(text: str) -> float:
     return share
 
 
-def _job(path: Path, options: Mapping[str, Any]) -> Job:
-    mechanisms = options["mechanisms"]
-    # An unset variable in a script (--limits "$LIMITS") must not mean the default profile.
-    if options["limits"] == "":
-        raise UsageError("--limits: expected the name of a profile or a file, found nothing")
+def _job(path: Path, options: ProbeOptions) -> Job:
+    demand_profile_name(options.limits)
     return Job(
         path=path,
-        limits=options["limits"],
-        options={
-            name.value: options[name.value]
-            for name in LimitName
-            if options.get(name.value) is not None
-        },
-        walls=walls_of(options),
-        kernel=options["kernel"],
-        cwd=options["cwd"],
-        allow_errors=options["allow_errors"],
-        mechanisms=None
-        if mechanisms is None
-        else tuple(part.strip() for part in mechanisms.split(",")),
+        limits=options.limits,
+        options=options.figures,
+        walls=walls_of(options.walls),
+        kernel=options.kernel,
+        cwd=options.cwd,
+        allow_errors=options.allow_errors,
+        mechanisms=mechanism_names(options.mechanisms),
         # Every run of the probe would start its own search.
         bisect=Bisect.NEVER,
         writes=False,
     )
 
 
-# Parameters whose names differ from their options.
-NAMES = {"env_names": "env", "devices": "device"}
-
-
-def reproduce_command(path: Path, options: Mapping[str, Any], probed: LimitName, value: str) -> str:
+def reproduce_command(path: Path, options: ProbeOptions, probed: LimitName, value: str) -> str:
     """Return the ``run`` command that repeats the run with this value."""
     # A name with a leading dash would be an option.
     name = f"./{path}" if str(path).startswith("-") else str(path)
-    arguments = ["safe-exec", "run", name, f"--{probed.value.replace('_', '-')}", value]
-    for key, option_value in options.items():
-        option = NAMES.get(key, key).replace("_", "-")
-        if key == probed.value or option_value is None:
-            continue
-        if isinstance(option_value, tuple):
-            arguments += [word for item in option_value for word in (f"--{option}", str(item))]
-        elif isinstance(option_value, bool):
-            arguments += (
-                [f"--{option}"] if option_value else [f"--no-{option}"] if key == "network" else []
-            )
-        else:
-            # All options of the probe are repeated: each may decide whether the run fails.
-            arguments += [f"--{option}", str(option_value)]
-    return shlex.join(arguments)
+    value_of_probe = figure_arguments({probed.value: value})
+    # All options of the probe are repeated: each may decide whether the run fails.
+    return shlex.join(
+        ["safe-exec", "run", name, *value_of_probe, *options.arguments(without=probed)]
+    )
 
 
 def _show(
     probe_report: ProbeReport,
     prepared: PreparedJob,
-    options: Mapping[str, Any],
+    options: ProbeOptions,
     *,
     as_json: bool,
     quiet: bool,

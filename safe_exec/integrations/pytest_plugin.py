@@ -17,7 +17,14 @@ import pytest
 from safe_exec.limits.spec import OPTIONS
 
 if TYPE_CHECKING:
+    from safe_exec.cli.options.inputs import InputOptions
+    from safe_exec.cli.options.limits import WallOptions
+    from safe_exec.cli.options.outputs import OutputOptions
     from safe_exec.model.verdict import Verdict
+    from safe_exec.notebook.comparison import ComparisonRules
+    from safe_exec.notebook.inputs import NotebookInputs
+    from safe_exec.notebook.output_form import OutputForm
+    from safe_exec.workflows.retry import RetryPolicy
 
 # Options of isolation that may be repeated; each has its counterpart in ``safe-exec run``.
 ISOLATION = (
@@ -199,10 +206,10 @@ class Settings:
     limits: str | None = None
     options: dict[str, str] = field(default_factory=dict)
     walls: dict[str, Any] = field(default_factory=dict)
-    inputs: Any = None
-    comparison: Any = None
-    form: Any = None
-    retry: Any = None
+    inputs: NotebookInputs
+    form: OutputForm
+    retry: RetryPolicy
+    comparison: ComparisonRules | None = None
     repeat: int = 1
     keep_files: tuple[str, ...] = ()
     follow: bool = False
@@ -241,10 +248,11 @@ def _settings(config: pytest.Config) -> Settings:
 
     # Before the imports below, which fail on other systems.
     refuse_elsewhere()
-    from safe_exec.cli.inputs import comparison_of, inputs_of, variables_of, walls_with
-    from safe_exec.cli.outputs import form_of
-    from safe_exec.cli.retries import retry_of
-    from safe_exec.cli.run import parse_budget, walls_of
+    from safe_exec.cli.options.inputs import comparison_of, inputs_of, variables_of, walls_with
+    from safe_exec.cli.options.job import parse_budget
+    from safe_exec.cli.options.limits import walls_of
+    from safe_exec.cli.options.outputs import form_of
+    from safe_exec.cli.options.retries import RetryOptions, retry_of
 
     values = {row.name: config.getoption(f"safe_exec_limit_{row.name}") for row in OPTIONS}
     options = {name: value for name, value in values.items() if value is not None}
@@ -252,7 +260,7 @@ def _settings(config: pytest.Config) -> Settings:
         # The command applies the same rule.
         options.setdefault("cell_output", options["output"])
     out = config.getoption("safe_exec_out")
-    input_options = _input_options(config)
+    input_options, output_options = _input_options(config), _output_options(config)
     variables = variables_of(input_options)
     return Settings(
         out=_directory(config, out),
@@ -264,13 +272,16 @@ def _settings(config: pytest.Config) -> Settings:
         inputs=inputs_of(input_options, lenient=True),
         comparison=comparison_of(input_options, "--safe-exec-"),
         retry=retry_of(
-            {name: config.getoption(f"safe_exec_{name}") for name in ("retries", "retry_on")},
+            RetryOptions(
+                retries=config.getoption("safe_exec_retries"),
+                retry_on=config.getoption("safe_exec_retry_on"),
+            ),
             "--safe-exec-",
         ),
         repeat=config.getoption("safe_exec_repeat"),
-        keep_files=tuple(config.getoption("safe_exec_keep_files")),
+        keep_files=tuple(output_options.keep_files),
         follow=config.getoption("safe_exec_follow"),
-        form=form_of(_output_options(config), "--safe-exec-"),
+        form=form_of(output_options, "--safe-exec-"),
         variables=variables,
         cwd=_working_directory(config.getoption("safe_exec_cwd"), config.invocation_params.dir),
         kernel=config.getoption("safe_exec_kernel"),
@@ -284,48 +295,63 @@ def _settings(config: pytest.Config) -> Settings:
     )
 
 
-def _isolation_options(config: pytest.Config) -> dict[str, Any]:
-    """Return the options of isolation, under the names that the command uses."""
-    paths = {name: tuple(config.getoption(f"safe_exec_{name}")) for name, _ in ISOLATION}
-    flags = {name: config.getoption(f"safe_exec_{name}") for name in ("network", "read_only")}
-    return {**paths, **flags, "env_names": paths["env"], "devices": paths["device"]}
+def _isolation_options(config: pytest.Config) -> WallOptions:
+    from safe_exec.cli.options.limits import WallOptions
+
+    def paths(name: str) -> tuple[str, ...]:
+        return tuple(config.getoption(f"safe_exec_{name}"))
+
+    return WallOptions(
+        network=config.getoption("safe_exec_network"),
+        read_only=config.getoption("safe_exec_read_only"),
+        show=paths("show"),
+        writable=paths("writable"),
+        hide=paths("hide"),
+        env_names=paths("env"),
+        devices=paths("device"),
+    )
 
 
-def _input_options(config: pytest.Config) -> dict[str, Any]:
-    """Return the options that change notebooks, under the names that the command uses."""
+def _input_options(config: pytest.Config) -> InputOptions:
+    from safe_exec.cli.options.inputs import InputOptions
+
     # Relative to the directory of the command, not to pytest's root directory.
     base = config.invocation_params.dir
+
+    def files(name: str) -> list[Path]:
+        return [base / path for path in config.getoption(f"safe_exec_{name}")]
+
     stdin = config.getoption("safe_exec_stdin")
-    files = {
-        key: [base / path for path in config.getoption(f"safe_exec_{name}")]
-        for key, name in (
-            ("parameter_files", "parameters"),
-            ("env_files", "env_file"),
-            ("sanitizers", "sanitize_with"),
-        )
-    }
-    return {
-        **files,
-        "parameters": config.getoption("safe_exec_parameter"),
-        "raw_parameters": config.getoption("safe_exec_raw_parameter"),
-        "set_env": config.getoption("safe_exec_set_env"),
-        "skip_tags": config.getoption("safe_exec_skip_tag"),
-        "only_tags": config.getoption("safe_exec_only_tag"),
-        "until": config.getoption("safe_exec_until"),
-        "exit_is": config.getoption("safe_exec_exit_is"),
-        "strict_shell": config.getoption("safe_exec_strict_shell"),
-        "stdin": base / stdin if stdin is not None else None,
-        "compare": config.getoption("safe_exec_compare"),
-        "compare_lax": config.getoption("safe_exec_compare_lax"),
-        "tolerance": config.getoption("safe_exec_compare_tolerance"),
-        "image_distance": config.getoption("safe_exec_compare_images"),
-    }
+    return InputOptions(
+        parameters=config.getoption("safe_exec_parameter"),
+        raw_parameters=config.getoption("safe_exec_raw_parameter"),
+        parameter_files=files("parameters"),
+        set_env=config.getoption("safe_exec_set_env"),
+        env_files=files("env_file"),
+        skip_tags=config.getoption("safe_exec_skip_tag"),
+        only_tags=config.getoption("safe_exec_only_tag"),
+        until=config.getoption("safe_exec_until"),
+        compare=config.getoption("safe_exec_compare"),
+        compare_lax=config.getoption("safe_exec_compare_lax"),
+        sanitizers=files("sanitize_with"),
+        tolerance=config.getoption("safe_exec_compare_tolerance"),
+        image_distance=config.getoption("safe_exec_compare_images"),
+        exit_is=config.getoption("safe_exec_exit_is"),
+        strict_shell=config.getoption("safe_exec_strict_shell"),
+        stdin=base / stdin if stdin is not None else None,
+    )
 
 
-def _output_options(config: pytest.Config) -> dict[str, Any]:
-    """Return the options that decide how notebooks are written, under the command's names."""
-    names = ("in_place", "on_failure", "clean_metadata", "no_output")
-    return {name: config.getoption(f"safe_exec_{name}") for name in names}
+def _output_options(config: pytest.Config) -> OutputOptions:
+    from safe_exec.cli.options.outputs import OutputOptions
+
+    return OutputOptions(
+        in_place=config.getoption("safe_exec_in_place"),
+        on_failure=config.getoption("safe_exec_on_failure"),
+        clean_metadata=config.getoption("safe_exec_clean_metadata"),
+        no_output=config.getoption("safe_exec_no_output"),
+        keep_files=config.getoption("safe_exec_keep_files"),
+    )
 
 
 def _working_directory(text: str | None, base: Path) -> Path | None:

@@ -10,7 +10,8 @@ import pytest
 from safe_exec.batch.admission import RESERVE_BYTES
 from safe_exec.batch.outcome import SEVERITY, STATUSES
 from safe_exec.batch.report_registry import BATCH_REPORTS
-from safe_exec.cli.batch import DEFAULT_OUT, command
+from safe_exec.cli.batch import command
+from safe_exec.cli.options.reports import DEFAULT_OUT
 from safe_exec.cli.run import command as run
 from safe_exec.model.verdict import CauseKind
 from safe_exec.workflows.retry import ALWAYS, TIMES, WAITING

@@ -19,7 +19,14 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from safe_exec.cli import probe as probe_command
-from safe_exec.cli.probe import command, exit_code, parse_precision, reproduce_command
+from safe_exec.cli.options.limits import WallOptions
+from safe_exec.cli.probe import (
+    ProbeOptions,
+    command,
+    exit_code,
+    parse_precision,
+    reproduce_command,
+)
 from safe_exec.cli.probe_report import RunLines, as_document, report
 from safe_exec.cli.run import command as run_command
 from safe_exec.errors import SafeExecError, UsageError
@@ -386,30 +393,23 @@ def test_the_document_of_no_bracket() -> None:
 
 
 def test_the_command_that_makes_it_fail_again() -> None:
-    options = {
-        "memory": "2G",
-        "limits": "ci",
-        "kernel": None,
-        "cwd": Path("a b"),
-        "allow_errors": True,
-        "cell_timeout": "9",
-    }
+    options = ProbeOptions(
+        limits="ci",
+        figures={"memory": "2G", "cell_timeout": "9"},
+        cwd=Path("a b"),
+        allow_errors=True,
+    )
     words = reproduce_command(Path("-x.ipynb"), options, LimitName.MEMORY, "396M")
     assert (
         words
-        == "safe-exec run ./-x.ipynb --memory 396M --limits ci --cwd 'a b' --allow-errors --cell-timeout 9"
+        == "safe-exec run ./-x.ipynb --memory 396M --limits ci --cell-timeout 9 --cwd 'a b' --allow-errors"
     )
 
 
 def test_the_command_has_the_walls_too() -> None:
-    options = {
-        "network": False,
-        "read_only": False,
-        "writable": ("/a", "/b"),
-        "env_names": ("TOKEN",),
-        "devices": (),
-        "hide": (),
-    }
+    options = ProbeOptions(
+        walls=WallOptions(network=False, writable=("/a", "/b"), env_names=("TOKEN",))
+    )
     words = reproduce_command(Path("x.ipynb"), options, LimitName.MEMORY, "396M")
     assert (
         words

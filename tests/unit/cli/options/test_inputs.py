@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from safe_exec.cli.inputs import (
+from safe_exec.cli.options.inputs import (
+    InputOptions,
     environment_with,
     inputs_of,
     read_env_file,
@@ -14,35 +14,31 @@ from safe_exec.cli.inputs import (
 )
 from safe_exec.errors import UsageError
 
-NOTHING: dict[str, Any] = {
-    "parameters": (), "raw_parameters": (), "parameter_files": (), "set_env": (), "env_files": (),
-    "skip_tags": (), "only_tags": (), "until": None, "exit_is": "success",
-    "strict_shell": False, "stdin": None,
-}  # fmt: skip
+NOTHING = InputOptions()
 
 
 def test_the_command_line_wins_over_files_and_later_ones_over_earlier_ones(tmp_path: Path) -> None:
     one, two = tmp_path / "1.yaml", tmp_path / "2.yaml"
     one.write_text("a: 1\nb: 1\nc: 1\n")
     two.write_text("b: 2\nc: 2\n")
-    options = NOTHING | {
-        "parameter_files": (one, two),
-        "parameters": (("c", "3"), ("d", "4"), ("d", "5")),
-        "raw_parameters": (("e", "6"),),
-    }
+    options = InputOptions(
+        parameter_files=(one, two),
+        parameters=(("c", "3"), ("d", "4"), ("d", "5")),
+        raw_parameters=(("e", "6"),),
+    )
     assert inputs_of(options).parameters == {"a": 1, "b": 2, "c": 3, "d": 5, "e": "6"}
 
 
 def test_nothing_is_false() -> None:
     assert not inputs_of(NOTHING)
-    assert inputs_of(NOTHING | {"until": "1"})
+    assert inputs_of(InputOptions(until="1"))
 
 
 def test_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BASE", "/data")
     path = tmp_path / ".env"
     path.write_text("# c\nexport A=1\nB='x y'  # c\nC=${BASE}/c\nD=\n\n")
-    options = NOTHING | {"env_files": (path,), "set_env": ("A=2", "E=a=b")}
+    options = InputOptions(env_files=(path,), set_env=("A=2", "E=a=b"))
     assert variables_of(options) == {"A": "2", "B": "x y", "C": "/data/c", "D": "", "E": "a=b"}
 
 
@@ -59,7 +55,7 @@ def test_a_file_of_variables_that_is_wrong_names_the_line(
 @pytest.mark.parametrize("text", ["A", "=1", ""])
 def test_a_variable_without_a_value_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="expected NAME=VALUE"):
-        variables_of(NOTHING | {"set_env": (text,)})
+        variables_of(InputOptions(set_env=(text,)))
 
 
 def test_isolation_lets_a_kernel_see_the_variables_that_it_is_given() -> None:

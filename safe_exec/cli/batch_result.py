@@ -1,0 +1,47 @@
+"""The end of the output of ``batch`` and ``merge``."""
+
+from __future__ import annotations
+
+from typing import TextIO
+
+import click
+
+from safe_exec.files import one_line
+from safe_exec.reports.batch.progress import line_of
+from safe_exec.reports.batch.results import NOT_RUN, UNCHANGED, BatchResult, NotebookResult
+from safe_exec.reports.terminal import Style
+
+
+def show(batch: BatchResult, stream: TextIO, *, quiet: bool) -> None:
+    """Print the failed notebooks, the output directory, and the line for scripts."""
+    from safe_exec.batch.outcome import summary_line
+
+    style = Style.of(stream)
+    if not quiet:
+        for result in batch.results:
+            # The terminal shows the notebooks that need attention; the reports list all.
+            if result.status not in ("passed", UNCHANGED, NOT_RUN) or result.flaky:
+                click.echo(
+                    style.paint(
+                        "warn" if result.flaky else "bad",
+                        style.fit(line_of(result, _headline(result))),
+                    ),
+                    file=stream,
+                )
+        click.echo(style.fit(f"wrote {one_line(batch.out)}"), file=stream)
+        if batch.cancelled or any(result.status == NOT_RUN for result in batch.results):
+            click.echo("continue with --resume", file=stream)
+    # The last line, even with --quiet: scripts read it.
+    click.echo(summary_line(batch), file=stream)
+
+
+def _headline(result: NotebookResult) -> str:
+    from safe_exec.reports.text.common import headline
+    from safe_exec.reports.verdict_json import from_document
+
+    document = result.document()
+    try:
+        return headline(from_document(document)) if document is not None else ""
+    # Another program may have overwritten the verdict.
+    except (ValueError, KeyError):
+        return ""
