@@ -7,14 +7,12 @@ from typing import Any
 
 import click
 
+from safe_exec.limits import spec
+
 # Two screens of an ordinary terminal.
 WIDTH = 100
 
-LIMITS = (
-    "limits", "memory", "cpus", "cpu_time", "cell_timeout", "timeout", "start_timeout",
-    "processes", "open_files", "file_size", "cell_output", "output", "disk", "shm", "require",
-    "mechanisms",
-)  # fmt: skip
+LIMITS = ("limits", *(row.name for row in spec.OPTIONS), "require", "mechanisms")
 ISOLATION = ("network", "read_only", "show", "writable", "hide", "env_names", "devices")
 OUTPUT = (
     "out", "verdict", "in_place", "on_failure", "clean_metadata", "no_output", "keep_files",

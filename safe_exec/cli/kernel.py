@@ -15,10 +15,7 @@ from safe_exec.cli.options.limits import (
     wall_options,
     walls_of,
 )
-from safe_exec.model.limits import LimitName
-
-# A session ends with its client, so only its cells have limits of time and output.
-NOT_HERE = (LimitName.TIMEOUT, LimitName.OUTPUT)
+from safe_exec.limits import spec
 
 # A setting of traitlets; some clients append them to the command of an ipykernel.
 _SETTING = re.compile(r"--[A-Za-z]\w*\.\w+=")
@@ -92,11 +89,10 @@ def command(
     from safe_exec.interactive.proxy import OnDeath
     from safe_exec.interactive.start import KernelOptions, serve
 
-    for name in NOT_HERE:
-        if name.value in figures:
-            raise UsageError(
-                f"--{name.value}: a session has no such limit; use --cell-{name.value}"
-            )
+    for name in figures:
+        # A session ends with its client, so only its cells have limits of time and output.
+        if not spec.SPECS[name].of_session:
+            raise UsageError(f"--{name}: a session has no such limit; use --cell-{name}")
     # A misspelt option of ours must be an error, and not reach the kernel.
     for argument in arguments:
         if not _SETTING.match(argument):

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from msgspec import Struct
 
-from safe_exec.cli.kernel import NOT_HERE
 from safe_exec.cli.options.group import option_group
 from safe_exec.cli.options.limits import (
     Figures,
@@ -39,16 +38,8 @@ PROVISIONER = "safe-exec"
 # The key of the metadata that marks a kernelspec of ours, with the name of the inner kernel.
 METADATA_KEY = "safe_exec"
 
-# The limits that work with the provisioner alone, which does not see cells.
-HELD = (
-    LimitName.MEMORY,
-    LimitName.CPUS,
-    LimitName.CPU_TIME,
-    LimitName.PROCESSES,
-    LimitName.OPEN_FILES,
-    LimitName.FILE_SIZE,
-)
-OFFERED = tuple(name for name in LimitName if name not in NOT_HERE)
+OF_SESSION = tuple(row for row in spec.OPTIONS if row.of_session)
+BY_PROVISIONER = tuple(row for row in spec.OPTIONS if row.by_provisioner)
 # jupyter_client's rule for names, in the lower case in which it stores them.
 _NAME = re.compile(r"[a-z0-9._-]+")
 
@@ -101,7 +92,7 @@ session_options = option_group(
     metavar="NAME|FILE",
     help="A profile or a YAML file of your own [default].",
 )
-@limit_options([row for row in spec.OPTIONS if row.name in OFFERED])
+@limit_options(OF_SESSION)
 @wall_options
 @session_options
 @click.option(
@@ -196,7 +187,7 @@ def _refuse_beside_provisioner(
     figures: Figures, walls: Mapping[str, object], session: SessionOptions
 ) -> None:
     """Raise UsageError for options that the provisioner alone cannot enforce."""
-    wrong = [name for name in figures if LimitName(name) not in HELD] + list(walls)
+    wrong = [name for name in figures if not spec.SPECS[name].by_provisioner] + list(walls)
     names = [f"--{name.replace('_', '-')}" for name in wrong]
     names += [word for word in session.arguments() if word.startswith("--")]
     if names:
@@ -320,9 +311,9 @@ def _print_summary(
     from safe_exec.limits.profiles import format_limit
 
     figures = [
-        f"{key.value.replace('_', ' ')} {format_limit(key.value, limits.of(key))}"
-        for key in (OFFERED if all_of else HELD)
-        if limits.of(key) is not None
+        f"{row.name.replace('_', ' ')} {format_limit(row.name, value)}"
+        for row in (OF_SESSION if all_of else BY_PROVISIONER)
+        if (value := limits.of(LimitName(row.name))) is not None
     ]
     click.echo(f"{display_name}: installed as {name}")
     click.echo(f"  in        {path}")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 
-from safe_exec.cli.kernel import NOT_HERE
 from safe_exec.cli.options.limits import (
     Figures,
     WallOptions,
@@ -16,7 +15,7 @@ from safe_exec.cli.options.limits import (
     wall_options,
     walls_of,
 )
-from safe_exec.model.limits import LimitName
+from safe_exec.limits import spec
 
 
 @click.command("mcp", short_help="Serve tools for agents: run notebooks and cells inside limits.")
@@ -61,7 +60,7 @@ def command(*, folder: Path, limits: str, figures: Figures, walls: WallOptions, 
     profiles.resolve_simple(
         {"limits": limits, **figures}, None, machine_memory=detect().memory_total
     )
-    for_cells = {key: value for key, value in figures.items() if LimitName(key) not in NOT_HERE}
+    for_cells = {key: value for key, value in figures.items() if spec.SPECS[key].of_session}
     serve(
         Settings(
             folder=folder.resolve(),

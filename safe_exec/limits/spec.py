@@ -1,7 +1,7 @@
 """The limits: one row for each. The ONLY table of them.
 
-The command line, the pytest plugin, the parser of files, the formatter, ``--require`` and the JSON
-Schema read these rows. A new limit is a field of ``model.limits.Limits``, a word in ``LimitName``
+The command line and its help, the kernels, the pytest plugin, the parser of files, the formatter,
+``--require``, ``doctor`` and the JSON Schema read these rows. A new limit is a field of ``model.limits.Limits``, a word in ``LimitName``
 and a row here. Imports the standard library only: pytest imports this module at every start.
 """
 
@@ -45,6 +45,10 @@ class LimitSpec(NamedTuple):
     in_require_all: bool = False
     # The metadata of a single cell may set it.
     of_cell: bool = False
+    # A session without an end may have it (`safe-exec kernel`).
+    of_session: bool = True
+    # jupyter_client's provisioner alone can enforce it: it does not see cells.
+    by_provisioner: bool = False
     # The commands have an option for it.
     has_option: bool = True
 
@@ -65,14 +69,21 @@ ROWS = (
         Kind.SIZE,
         "Memory of the kernel and its processes (512M, 1.5GiB, 50%).",
         in_require_all=True,
+        by_provisioner=True,
     ),
     LimitSpec(
         "cpus",
         Kind.PROCESSORS,
         "Processors that the notebook may use at a time (0.5, 2).",
         in_require_all=True,
+        by_provisioner=True,
     ),
-    LimitSpec("cpu_time", Kind.TIME, "Processor time of all processes together (90s, 5m)."),
+    LimitSpec(
+        "cpu_time",
+        Kind.TIME,
+        "Processor time of all processes together (90s, 5m).",
+        by_provisioner=True,
+    ),
     LimitSpec(
         "cell_timeout", Kind.TIME, "Time of each cell (90s, 5m, 1h).", by_runner=True, of_cell=True
     ),
@@ -81,6 +92,7 @@ ROWS = (
         Kind.TIME,
         "Time of the whole notebook, with the kernel's start.",
         by_runner=True,
+        of_session=False,
     ),
     LimitSpec(
         "start_timeout",
@@ -88,13 +100,26 @@ ROWS = (
         "Time in which the kernel must answer after its start.",
         by_runner=True,
     ),
-    LimitSpec("processes", Kind.COUNT, "Processes and threads at a time.", in_require_all=True),
-    LimitSpec("open_files", Kind.COUNT, "Open files of each process.", in_require_all=True),
+    LimitSpec(
+        "processes",
+        Kind.COUNT,
+        "Processes and threads at a time.",
+        in_require_all=True,
+        by_provisioner=True,
+    ),
+    LimitSpec(
+        "open_files",
+        Kind.COUNT,
+        "Open files of each process.",
+        in_require_all=True,
+        by_provisioner=True,
+    ),
     LimitSpec(
         "file_size",
         Kind.SIZE,
         "Size of any file that the notebook writes.",
         in_require_all=True,
+        by_provisioner=True,
     ),
     LimitSpec(
         "cell_output",
@@ -108,6 +133,7 @@ ROWS = (
         Kind.SIZE,
         "Output of all cells that is kept; one cell may use it all.",
         by_runner=True,
+        of_session=False,
     ),
     LimitSpec(
         "disk",

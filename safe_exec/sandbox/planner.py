@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from safe_exec.errors import UsageError
+from safe_exec.limits.spec import OPTIONS, Kind
 from safe_exec.model.limits import (
     FolderUse,
     Isolation,
@@ -100,21 +102,13 @@ class Required(Struct, frozen=True, kw_only=True):
 
 
 # Every limit is set; only the mechanisms matter here, not the values.
-ALL_LIMITS = Limits(
-    memory=2**30,
-    cpus=1.0,
-    cpu_time=60.0,
-    cell_timeout=60.0,
-    timeout=60.0,
-    start_timeout=60.0,
-    processes=256,
-    open_files=1024,
-    file_size=2**30,
-    cell_output=2**20,
-    output=2**20,
-    disk=2**30,
-    shm=2**30,
-)
+_ANY_VALUE: Mapping[Kind, Any] = {
+    Kind.SIZE: 2**30,
+    Kind.COUNT: 1024,
+    Kind.PROCESSORS: 1.0,
+    Kind.TIME: 60.0,
+}
+ALL_LIMITS = Limits(**{row.name: _ANY_VALUE[row.kind] for row in OPTIONS})
 
 # Every wall is requested, likewise.
 ALL_WALLS = Isolation(
