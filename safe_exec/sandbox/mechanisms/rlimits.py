@@ -17,6 +17,7 @@ from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.mechanisms.offers import ANYWHERE, Placement
 from safe_exec.sandbox.plan import Offer, SpawnPlan
+from safe_exec.units import format_size
 
 # Without cgroups a memory limit becomes RLIMIT_DATA, not RLIMIT_AS: an idle ipykernel has 814 MB of
 # address space with 52 MB resident, while RLIMIT_DATA (private writable memory, since Linux 4.7) is
@@ -27,6 +28,11 @@ from safe_exec.sandbox.plan import Offer, SpawnPlan
 # An idle kernel reserves 150 to 220 MB of private memory without touching it [measured], mostly
 # thread stacks.
 DATA_HEADROOM = 256 * 1024 * 1024
+# Beside the watchdog, which holds the limit itself, this limit only has to stop what outruns the
+# watchdog, and must not refuse memory that the limit allows: pandas 3 reserves 1,110 MiB at its
+# first column of strings (the arena of pyarrow's allocator), numpy 210 MiB for two threads
+# [measured].
+WATCHED_DATA_HEADROOM = 2 * 1024**3
 
 # Seconds between SIGXCPU, which a process can ignore, and SIGKILL.
 CPU_HARD_SECONDS = 2
@@ -70,10 +76,12 @@ def _wanted(
             _held("each process by RLIMIT_CPU, their sum by the watchdog"),
         )
     if limits.memory is not None:
-        size = limits.memory + DATA_HEADROOM
+        watched = machine.allows(Mechanism.WATCHDOG)
+        headroom = WATCHED_DATA_HEADROOM if watched else DATA_HEADROOM
+        size = limits.memory + headroom
         note = (
-            "private memory of each process by RLIMIT_DATA, with 256 MiB of headroom; shared "
-            "memory is not counted"
+            f"private memory of each process by RLIMIT_DATA, with {format_size(headroom)} of "
+            "headroom; shared memory is not counted"
         )
         yield LimitName.MEMORY, (resource.RLIMIT_DATA, size, size), _held(note, hard=False)
     # Root is exempt from RLIMIT_NPROC (setrlimit(2)).

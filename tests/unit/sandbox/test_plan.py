@@ -202,7 +202,7 @@ def test_rows_of_an_ordinary_user() -> None:
     rows = rows_of(plan_for(USER_BARE))
     assert rows[resource.RLIMIT_NOFILE] == (50, 50)
     assert rows[resource.RLIMIT_FSIZE] == (MIB, MIB)
-    assert rows[resource.RLIMIT_DATA] == (100 * MIB + rlimits.DATA_HEADROOM,) * 2
+    assert rows[resource.RLIMIT_DATA] == (100 * MIB + rlimits.WATCHED_DATA_HEADROOM,) * 2
     assert rows[resource.RLIMIT_NPROC] == (50, 50), "what the user runs already counts"
     assert resource.RLIMIT_AS not in rows
 
