@@ -17,6 +17,7 @@ from safe_exec.model.verdict import Verdict
 from safe_exec.notebook import kernel_choice, output_form
 from safe_exec.notebook.inputs import CellSelection, NotebookInputs, exit_meaning, read_stdin
 from safe_exec.notebook.output_form import OutputForm
+from safe_exec.workflows.library_coverage import CoverageRequest
 from safe_exec.workflows.prepare import Bisect, Job
 from safe_exec.workflows.retry import retry_policy, run_with_retries
 from safe_exec.workflows.run import OutputListener
@@ -58,6 +59,7 @@ async def run_async(
     clean_metadata: bool = False,
     no_output: bool = False,
     keep_files: Sequence[str] = (),
+    coverage: bool = False,
     repeat: int = 1,
     retries: int | None = None,
     retry_on: str | None = None,
@@ -86,7 +88,8 @@ async def run_async(
     its cell; the lines of the file ``stdin`` answer ``input()``. ``in_place`` writes the executed notebook over the notebook
     itself if it passes, and with ``on_failure="write"`` always; ``clean_metadata`` leaves times and
     figures out of it, ``no_output`` the outputs. Files that match a pattern
-    of ``keep_files`` come back from a private copy of the folder. A notebook that fails runs
+    of ``keep_files`` come back from a private copy of the folder. ``coverage`` records which library
+    code ran; ``verdict.outputs["coverage"]`` is the data file. A notebook that fails runs
     again up to ``retries`` times if that may help, or if its error matches the regular expression
     ``retry_on`` (then twice by default). ``repeat`` is the number of runs; cells whose
     results differ are in ``verdict.flaky_cells``. ``bisect`` is ``"auto"``, ``"always"`` or ``"never"``:
@@ -136,6 +139,7 @@ async def run_async(
             no_output=no_output,
         ),
         keep_files=tuple(keep_files),
+        coverage=CoverageRequest(folder=Path.cwd()) if coverage else None,
         repeat=repeat,
         bisect=_bisect(bisect),
         bisect_budget=bisect_budget,

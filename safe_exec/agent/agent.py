@@ -10,6 +10,7 @@ import socket
 from . import layout
 from .bodies import Bodies
 from .census import Census
+from .line_coverage import NoCoverage
 from .own_actions import OwnActions
 from .page import Page
 from .sources import line_of
@@ -63,6 +64,7 @@ class Inside:
         self.shell = None
         self.census = Census(self)
         self.write_text = None
+        self.coverage = NoCoverage()
         self.instrumented = []
         self.child = False
 

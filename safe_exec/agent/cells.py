@@ -109,6 +109,7 @@ def finish(inside):
     finally:
         inside.in_cell = False
         if not inside.child:
+            inside.coverage.end_cell()
             inside.census.end_cell()
             inside.page.note_counts()
             inside.page.finish()
@@ -202,4 +203,6 @@ def begin(inside, kernel, code):
         inside.before_cells()
         inside.shell = getattr(kernel, "shell", None)
         inside.census.begin_cells()
+        inside.coverage.start()
+    inside.coverage.begin_cell()
     inside.census.begin_cell()

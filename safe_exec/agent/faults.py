@@ -12,6 +12,8 @@ from .attributes import note_file
 from .layout import DUMP_SIGNAL
 from .own_actions import EVENTS
 
+# They may end the process, which then writes nothing more.
+LAST_CALLS = frozenset(("os.kill", "os.killpg", "signal.pthread_kill", "os.exec"))
 LOCAL = ("127.", "::1", "localhost", "0.0.0.0", "::ffff:127.", "::")
 
 
@@ -73,6 +75,7 @@ def watch(inside):
             rows = inside.frames(sys._getframe(1))
             inside.here(sys._current_frames().get(inside.main))
             inside.fact(exit_caller=rows, status=status if isinstance(status, int) else None)
+            inside.coverage.save()
         real_exit(status)
 
     def closerange(fd_low, fd_high, /):
@@ -86,6 +89,8 @@ def watch(inside):
         if not inside.child and inside.in_cell and _thread.get_ident() == inside.main:
             inside.here(sys._getframe(1))
         inside.actions.note_raise(signalnum, sys._getframe(1))
+        if not inside.child:
+            inside.coverage.save()
         real_raise(signalnum)
 
     pairs = (
@@ -130,6 +135,8 @@ def watch(inside):
                 and _thread.get_ident() == inside.main
             ):
                 inside.here(frame)
+            if event in LAST_CALLS and not inside.child and args[-1] != 0:
+                inside.coverage.save()
             if event in EVENTS:
                 with contextlib.suppress(
                     Exception

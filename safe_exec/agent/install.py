@@ -11,6 +11,7 @@ from .errors import patch_errors
 from .faults import arm, watch, watch_handler
 from .interrupts import patch_interrupts
 from .lazy_imports import patch_client, patch_collector, patch_debugger
+from .line_coverage import patch_coverage
 from .output import patch_descriptors, patch_messages, patch_streams
 from .sampler import sample_forever
 from .threads import patch_threads
@@ -28,6 +29,7 @@ PARTS = (
     patch_interrupts,
     patch_errors,
     patch_threads,
+    patch_coverage,
 )
 
 

@@ -120,6 +120,8 @@ class OwnActions:
         # From CPython 3.11 on, setting one fails in any thread while the audit hook of such a call
         # runs in another (a flag of the whole process). Sending lets other threads run, and debugpy
         # then waited forever for one of them.
+        if self.inside.coverage.installs(frame):
+            return
         self.traces += 1
         if self.traces <= MOST_TRACES:
             self.unsent.append(self.action(frame, action="trace", call=event))
@@ -137,13 +139,13 @@ class OwnActions:
         self.traces = 0
         on = tuple(
             name
-            for name, is_on in (
-                ("sys.settrace", sys.gettrace() is not None),
-                ("sys.setprofile", sys.getprofile() is not None),
-                ("threading.settrace", getattr(threading, "_trace_hook", None) is not None),
-                ("threading.setprofile", getattr(threading, "_profile_hook", None) is not None),
+            for name, function in (
+                ("sys.settrace", sys.gettrace()),
+                ("sys.setprofile", sys.getprofile()),
+                ("threading.settrace", getattr(threading, "_trace_hook", None)),
+                ("threading.setprofile", getattr(threading, "_profile_hook", None)),
             )
-            if is_on
+            if function is not None and not self.inside.coverage.owns(function)
         )
         if on != self.tracing:
             self.tracing = on

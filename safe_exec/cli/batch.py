@@ -123,9 +123,14 @@ def command(
     part = parse_shard(shard) if shard is not None else None
     durations = read_timings(timings)
     address = _cluster(cluster) if cluster is not None else None
-    if address is not None and (follow or options.retry.retry_on is not None):
-        # Workers send no output, and decide alone whether a failure is transient.
-        name = "--follow" if follow else "--retry-on"
+    without_cluster = {
+        # Workers send no output and no data files, and decide alone if a failure is transient.
+        "--follow": follow,
+        "--coverage": options.output.coverage,
+        "--retry-on": options.retry.retry_on is not None,
+    }
+    name = next((name for name, is_used in without_cluster.items() if is_used), None)
+    if address is not None and name is not None:
         raise UsageError(f"{name}: not available with --cluster; leave one of them out")
     number = parse_jobs(jobs, cpus_available())
     # Workers decide how many notebooks run at a time, unless the user limits their number.

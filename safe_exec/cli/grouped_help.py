@@ -15,7 +15,7 @@ WIDTH = 100
 LIMITS = ("limits", *(row.name for row in spec.OPTIONS), "require", "mechanisms")
 ISOLATION = ("network", "read_only", "show", "writable", "hide", "env_names", "devices")
 OUTPUT = (
-    "out", "verdict", "in_place", "on_failure", "clean_metadata", "no_output", "keep_files",
+    "out", "verdict", "in_place", "on_failure", "clean_metadata", "no_output", "keep_files", "coverage",
     "events", "follow", "as_json", "github", "gitlab", "quiet", "help",
 )  # fmt: skip
 SEARCH = ("bisect", "no_bisect", "bisect_budget", "retries", "retry_on", "repeat")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from safe_exec.notebook.comparison import ComparisonRules
     from safe_exec.notebook.inputs import NotebookInputs
     from safe_exec.notebook.output_form import OutputForm
+    from safe_exec.workflows.library_coverage import CoverageRequest
     from safe_exec.workflows.retry import RetryPolicy
 
 # Options of isolation that may be repeated; each has its counterpart in ``safe-exec run``.
@@ -130,6 +131,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             f"--safe-exec-{name}", action="store_true", help=f"As `safe-exec run --{name}`."
         )
     group.addoption(
+        "--safe-exec-coverage",
+        action="store_true",
+        help="As `safe-exec run --coverage`; pytest-cov includes the data in its report.",
+    )
+    group.addoption(
         "--safe-exec-repeat", type=int, default=1, metavar="N", help="As `safe-exec run --repeat`."
     )
     group.addoption(
@@ -212,6 +218,7 @@ class Settings:
     comparison: ComparisonRules | None = None
     repeat: int = 1
     keep_files: tuple[str, ...] = ()
+    coverage: CoverageRequest | None = None
     follow: bool = False
     variables: dict[str, str] = field(default_factory=dict)
     cwd: Path | None = None
@@ -280,6 +287,7 @@ def _settings(config: pytest.Config) -> Settings:
         ),
         repeat=config.getoption("safe_exec_repeat"),
         keep_files=tuple(output_options.keep_files),
+        coverage=_coverage(config),
         follow=config.getoption("safe_exec_follow"),
         form=form_of(output_options, "--safe-exec-"),
         variables=variables,
@@ -292,6 +300,28 @@ def _settings(config: pytest.Config) -> Settings:
         bisect_budget=parse_budget(
             config.getoption("safe_exec_bisect_budget"), "--safe-exec-bisect-budget"
         ),
+    )
+
+
+def _coverage(config: pytest.Config) -> CoverageRequest | None:
+    """Return the request to measure coverage, if any. Raises UsageError without coverage."""
+    if not config.getoption("safe_exec_coverage"):
+        return None
+    from safe_exec.workflows.library_coverage import CoverageRequest, config_in, demand_coverage
+
+    demand_coverage("--safe-exec-coverage")
+    folder = config.invocation_params.dir
+    if not config.pluginmanager.hasplugin("_cov"):
+        return CoverageRequest(folder=folder)
+    # pytest-cov combines all data files beside its own, which have to be of the same kind.
+    source = [part for part in config.getoption("cov_source", None) or () if part is not True]
+    own_config = folder / str(config.getoption("cov_config", None) or ".coveragerc")
+    return CoverageRequest(
+        folder=folder,
+        config=own_config if own_config.is_file() else config_in(folder),
+        searches=False,
+        source=tuple(source) or None,
+        branch=config.getoption("cov_branch", None) or None,
     )
 
 
@@ -505,9 +535,10 @@ class NotebookItem(pytest.Item):
         for cell in verdict.flaky_cells:
             self.warn(FlakyCells(f"{self.nodeid}: code cell {cell.code_index + 1}: {cell.summary}"))
         if not self._settings.keeps:
-            for path in verdict.outputs.values():
+            for name, path in verdict.outputs.items():
                 # Only failures are worth keeping in the cache.
-                Path(path).unlink(missing_ok=True)
+                if name != "coverage":
+                    Path(path).unlink(missing_ok=True)
 
     @property
     def _settings(self) -> Settings:
@@ -538,6 +569,7 @@ class NotebookItem(pytest.Item):
                 comparison=settings.comparison,
                 form=settings.form,
                 keep_files=settings.keep_files,
+                coverage=settings.coverage,
                 repeat=settings.repeat,
                 output=Path(f"{stem}.out.ipynb"),
                 verdict=Path(f"{stem}.verdict.json"),

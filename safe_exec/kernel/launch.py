@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from safe_exec.agent import bootstrap, layout
 from safe_exec.errors import SafeExecError, SandboxError
 from safe_exec.keeper.protocol import DiscardedPlace
+from safe_exec.kernel.coverage_file import CoverageFile
 from safe_exec.kernel.env_allowlist import listed_environment
 from safe_exec.kernel.shared_page import Page
 from safe_exec.model.limits import LimitName, Limits
@@ -155,6 +156,7 @@ class Launch(Struct, frozen=True, kw_only=True):
     strict_shell: bool = False
     # Takes more time for each census of the memory.
     thorough: bool = False
+    coverage: CoverageFile | None = None
 
     def __repr__(self) -> str:
         # Without the environment and the key: both are secrets.
@@ -298,7 +300,9 @@ def begin_launch(sandbox: Sandbox, request: Launch) -> LaunchedKernel:
             marks=True,
             strict_shell=request.strict_shell,
             thorough=request.thorough,
+            coverage=request.coverage,
         ),
+        coverage=request.coverage,
     )
     return LaunchedKernel(
         spec=request.spec,
@@ -318,6 +322,7 @@ def spawn(
     cwd: str,
     config: Mapping[str, object],
     streams: Mapping[str, int] | None = None,
+    coverage: CoverageFile | None = None,
 ) -> tuple[AgentChannels, bool]:
     """Spawn the kernel; return our channels to it and whether it is instrumented.
 
@@ -325,7 +330,7 @@ def spawn(
     keeper reads both. Raises KernelStartError and SandboxError.
     """
     channels, instrumented = begin_spawn(
-        sandbox, plan, cmd, env=env, cwd=cwd, config=config, streams=streams
+        sandbox, plan, cmd, env=env, cwd=cwd, config=config, streams=streams, coverage=coverage
     )
     await_kernel(sandbox, channels)
     return channels, instrumented
@@ -357,10 +362,13 @@ def begin_spawn(
     cwd: str,
     config: Mapping[str, object],
     streams: Mapping[str, int] | None = None,
+    coverage: CoverageFile | None = None,
 ) -> tuple[AgentChannels, bool]:
     """Ask the keeper to spawn the kernel, without waiting. Raises SandboxError."""
     channels = AgentChannels()
     wrapped = wrap_command(cmd, config)
+    if wrapped is not None and coverage is not None:
+        coverage.send(channels.facts)
     whole_environment = {k: v for k, v in env.items() if k not in DROPPED_VARIABLES}
     environment = dict(whole_environment)
     argv = wrapped or cmd
@@ -443,6 +451,7 @@ def inside_config(
     marks: bool,
     strict_shell: bool = False,
     thorough: bool = False,
+    coverage: CoverageFile | None = None,
 ) -> dict[str, object]:
     """The agent's settings.
 
@@ -459,4 +468,5 @@ def inside_config(
         "strict_shell": strict_shell,
         "memory": limits.memory,
         "thorough": thorough,
+        "coverage": None if coverage is None else asdict(coverage.settings),
     }

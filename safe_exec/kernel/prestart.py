@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from safe_exec.errors import SafeExecError
+from safe_exec.kernel.coverage_file import CoverageFile
 from safe_exec.kernel.launch import Launch, LaunchedKernel, await_kernel, begin_launch, find_spec
 from safe_exec.model.limits import Limits
 from safe_exec.sandbox import keeper_process
@@ -54,6 +55,7 @@ class PrestartedKernel:
         cwd: Path,
         env: Mapping[str, str],
         strict_shell: bool = False,
+        coverage: CoverageFile | None = None,
     ) -> None:
         """Begin to start the kernel if ``find_spec`` supports it; ``outcome`` raises errors."""
         # An error belongs in the verdict of the run, which does not exist yet.
@@ -70,6 +72,7 @@ class PrestartedKernel:
                 cwd=str(cwd),
                 env=env,
                 strict_shell=strict_shell,
+                coverage=coverage,
             )
             self._launched = begin_launch(self.sandbox_for(plan), request)
         except SafeExecError as error:

@@ -21,6 +21,7 @@ from jupyter_client.connect import LocalPortCache
 from jupyter_client.provisioning import KernelProvisionerBase
 from traitlets.config import Application
 
+from safe_exec.kernel.coverage_file import CoverageFile
 from safe_exec.kernel.launch import AgentChannels, LaunchedKernel, inside_config, spawn
 from safe_exec.kernel.local_parity import (
     PORTS,
@@ -71,6 +72,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self._is_end_reported = False
         self._prepared = self.headless = False
         self.strict_shell = False
+        self.coverage: CoverageFile | None = None
         self.ports_cached = False
         self.pid: int | None = None
         self.pgid: int | None = None
@@ -155,10 +157,17 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
             headless=self.headless,
             marks=self._prepared,
             strict_shell=self.strict_shell,
+            coverage=self.coverage,
         )
         if self._prepared:
             self.channels, self.instrumented = spawn(
-                self.sandbox, self.plan, cmd, env=env, cwd=cwd, config=config
+                self.sandbox,
+                self.plan,
+                cmd,
+                env=env,
+                cwd=cwd,
+                config=config,
+                coverage=self.coverage,
             )
         else:
             self._spawn_for_others(cmd, env, cwd, config, kwargs)

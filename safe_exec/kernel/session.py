@@ -31,6 +31,7 @@ from safe_exec.kernel.allocation_file import AllocationFile
 from safe_exec.kernel.channel import Channel
 from safe_exec.kernel.children import ChildHistory
 from safe_exec.kernel.connection import Address, ConnectFailed, Connection, connect
+from safe_exec.kernel.coverage_file import CoverageFile
 from safe_exec.kernel.input_answers import InputAnswers
 from safe_exec.kernel.installed_kernels import installed_kernels
 from safe_exec.kernel.late_text import LateText
@@ -113,6 +114,7 @@ class KernelSession:
         reads_native: bool = False,
         with_locals: bool = False,
         allocations: AllocationFile | None = None,
+        coverage: CoverageFile | None = None,
     ) -> None:
         self._reads_native, self._with_locals = reads_native, with_locals
         self.native: native_stack.NativeReading | None = None
@@ -122,6 +124,7 @@ class KernelSession:
         self._strict_shell = strict_shell
         # Only in a trial that looks for the holders of memory.
         self.allocations = allocations
+        self._coverage = coverage
         # Answers to `input()`; without them a headless kernel declines to ask.
         self.answers = answers
         self._answering: asyncio.Task[None] | None = None
@@ -188,6 +191,7 @@ class KernelSession:
                 arguments=self.arguments,
                 strict_shell=self._strict_shell,
                 thorough=self.allocations is not None,
+                coverage=self._coverage,
             )
             # Building a sandbox blocks, and other runs share this event loop.
             launched = await _run_in_thread(partial(launch, self.sandbox, request))
@@ -220,6 +224,7 @@ class KernelSession:
         provisioner.prepare(limits=self.limits, plan=self.plan, sandbox=self.sandbox)
         provisioner.headless = self.key is None
         provisioner.strict_shell = self._strict_shell
+        provisioner.coverage = self._coverage
         km.provisioner = provisioner
         return provisioner
 

@@ -112,7 +112,10 @@ def _existing_forms(paths: Sequence[Path], wide: frozenset[Path]) -> tuple[Path,
     both = [form for path in paths for form in (path, path.resolve())]
     return tuple(
         dict.fromkeys(
-            path for path in both if path.is_absolute() and path not in wide and path.exists()
+            # Not Path.exists, which raises for a directory that this user may not enter.
+            path
+            for path in both
+            if path.is_absolute() and path not in wide and os.path.exists(path)
         )
     )
 

@@ -21,6 +21,7 @@ from safe_exec.trial.metrics import MetricsRecorder
 
 if TYPE_CHECKING:
     from safe_exec.kernel.allocation_file import AllocationFile
+    from safe_exec.kernel.coverage_file import CoverageFile
     from safe_exec.kernel.prestart import PrestartedKernel
 
 
@@ -92,6 +93,8 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
     # For a run that only looks for the holders of memory: its kernel takes more time for each
     # census, and records allocations here if it can.
     allocations: AllocationFile | None = None
+    # Records which lines of library code run; not for the trials of a search.
+    coverage: CoverageFile | None = None
     # Answers to `input()`; None: it raises.
     stdin_lines: tuple[str, ...] | None = None
     # Cells that may raise, as if they had nbclient's tag for it.

@@ -147,6 +147,7 @@ class Trial:
         # After a death, later cells cannot be slowed down any more.
         if isinstance(ending, Passed | CellFailed):
             self._warn_of_tracing()
+        self._warn_of_coverage()
         evidence, location = collect_evidence(self.state, ending)
         for message in self.state.warnings:
             self.state.sink(events.Warned(time=self.state.now(), message=message))
@@ -204,6 +205,18 @@ class Trial:
                     f"code cell {number} left a function of {name}() on, which slows all Python "
                     "code after it"
                 )
+
+    def _warn_of_coverage(self) -> None:
+        """Warn if a cell ended the measurement of coverage."""
+        coverage = self.state.request.coverage
+        number = None if coverage is None else coverage.read().replaced
+        index = None if number is None else self.session.agent_facts.index_of(number)
+        if index is not None:
+            code_cell = self.state.metrics.code_index(index) + 1
+            self.state.warnings.append(
+                f"coverage is incomplete: code cell {code_cell} replaced the trace function "
+                "(sys.settrace); kernels with Python 3.12 or newer are measured without one"
+            )
 
     def _warn_of_messages(self) -> None:
         """Warn about malformed messages from the kernel."""

@@ -39,6 +39,7 @@ class TrialState:
             on_limit=self._limit_from_watchdog,
             strict_shell=request.strict_shell,
             allocations=request.allocations,
+            coverage=request.coverage,
             answers=None if request.stdin_lines is None else InputAnswers(request.stdin_lines),
             # A search only asks whether the kernel dies.
             reads_native=not request.hasty,

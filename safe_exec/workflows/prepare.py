@@ -37,8 +37,10 @@ from safe_exec.sandbox.mechanisms.bubblewrap import is_needed
 from safe_exec.sandbox.mechanisms.isolation import plan_isolation
 from safe_exec.sandbox.plan import SpawnPlan, require
 from safe_exec.sandbox.planner import Required, build_plan, parse_mechanisms, parse_required
+from safe_exec.workflows.library_coverage import CoverageRequest, CoverageRun, open_coverage
 
 if TYPE_CHECKING:
+    from safe_exec.kernel.coverage_file import CoverageFile
     from safe_exec.kernel.prestart import PrestartedKernel
     from safe_exec.model.events import EventSink
     from safe_exec.model.verdict import Verdict
@@ -102,6 +104,7 @@ class Job(Struct, frozen=True, kw_only=True):
     with_locals: bool = False
     # The number of runs; cells whose results differ are reported.
     repeat: int = 1
+    coverage: CoverageRequest | None = None
     # How each earlier attempt of this run failed, in one line.
     earlier_attempts: tuple[str, ...] = ()
     # Replays and probes run in scratch folders and write no documents.
@@ -190,6 +193,7 @@ class PreparedJob(Struct, frozen=True, kw_only=True):
     started: float
     started_at: datetime
     kernel: PrestartedKernel | None = None
+    coverage: CoverageRun | None = None
 
     def plan(self) -> SpawnPlan:
         """The mechanism for each limit and wall."""
@@ -216,10 +220,20 @@ def prepare(
         limits = resolve_limits(job, header, bwrap_probe)
     paths = check_outputs(job)
     choice = _choose_kernel(job, header)
+    coverage = None if job.coverage is None else open_coverage(job.coverage, job.path)
     if kernel is not None and header.parsed is None:
         # A kernel takes longer to start than the rest of this function: validating the notebook,
         # the slowest step left, happens while it starts.
-        _start_kernel(kernel, job, header, limits, kernel_name=choice.name, cwd=paths.cwd)
+        coverage_file = None if coverage is None else coverage.file
+        _start_kernel(
+            kernel,
+            job,
+            header,
+            limits,
+            kernel_name=choice.name,
+            cwd=paths.cwd,
+            coverage=coverage_file,
+        )
     document = header.parsed or source.notebook()
     language = _language(job, choice.name, document)
     stripped = notebook.strip_annotations(document.node)
@@ -239,6 +253,7 @@ def prepare(
         started=started,
         started_at=started_at,
         kernel=kernel,
+        coverage=coverage,
     )
 
 
@@ -536,6 +551,7 @@ def _start_kernel(
     *,
     kernel_name: str,
     cwd: Path,
+    coverage: CoverageFile | None,
 ) -> None:
     plan = limits.plan(kernel.run_id)
     # The run itself reports a required limit that cannot be enforced, in its verdict.
@@ -551,6 +567,7 @@ def _start_kernel(
             # Only the Python API sets an environment; a command passes its own on.
             env=dict(job.env if job.env is not None else os.environ),
             strict_shell=job.inputs.strict_shell,
+            coverage=coverage,
         )
 
 

@@ -106,6 +106,7 @@ async def run_job(
         finally:
             reserved.release()
         first = _compared(prepared, first)
+        documents.write_coverage(prepared)
         verdict = _with_files(
             _verdict_of(prepared, first, documents.mask), prepared, first.result.kept_files
         )
@@ -239,7 +240,9 @@ async def _first_run(
     folder.begin()
     # A task beside the trial: the event loop is idle while the kernel starts.
     warming = asyncio.create_task(_warm_up())
-    first_request = replace(request, before_cells=folder.done, early=kernel)
+    # The trials of a search run the same lines again, so only this run is measured.
+    coverage_file = None if prepared.coverage is None else prepared.coverage.file
+    first_request = replace(request, before_cells=folder.done, early=kernel, coverage=coverage_file)
     if on_message is not None:
         # Not in the request that is returned: nobody follows the trials of a search.
         first_request = replace(first_request, on_message=on_message)
@@ -488,6 +491,7 @@ class Documents:
         self._source_hash = prepared.notebook.sha256
         self._has_output = prepared.job.output is not None
         self._replaced_source: Path | None = None
+        self._coverage_data: Path | None = None
         self._stack = contextlib.ExitStack()
         self._folders: dict[str, OutputDirectory] = {}
         for name, path in (
@@ -508,6 +512,8 @@ class Documents:
     def paths(self) -> dict[str, str]:
         """Return the current path of each document, whether it is written yet or not."""
         paths = {name: str(folder.path) for name, folder in self._folders.items()}
+        if self._coverage_data is not None:
+            paths["coverage"] = str(self._coverage_data)
         if self._replaced_source is not None:
             paths["notebook"] = str(self._replaced_source)
         return paths
@@ -533,6 +539,16 @@ class Documents:
         except (OSError, OutputPathError) as error:
             problem = one_line(error)
         self.warnings.append(f"{path.name} was not written in place: {problem}")
+
+    def write_coverage(self, prepared: PreparedJob) -> None:
+        """Write the lines of library code that the run recorded, if that was requested."""
+        if prepared.coverage is not None:
+            from safe_exec.workflows.library_coverage import write_coverage
+
+            stem = prepared.job.path.stem
+            written = write_coverage(prepared.coverage, stem, prepared.run_id)
+            self._coverage_data = written.path
+            self.warnings += written.warnings
 
     def put(self, name: str, data: bytes | notebook.Encoded) -> None:
         """Write a document, unless the notebook was written in place. Raises OSError.

@@ -63,14 +63,18 @@ OF_OTHER_TOOLS = {
         *("--engine", "--execute", "--execution-timeout", "--help-notebook", "--inplace", "--to"),
         *("--log-output", "--nbmake", "--nbmake-find-import-errors", "--nbmake-kernel"),
         *("--nbmake-timeout", "--nbval", "--nbval-cell-timeout", "--nbval-lax", "--overwrite"),
-        *("--nbval-sanitize-with", "--safe-exec"),
+        *("--nbval-sanitize-with", "--safe-exec", "--cov"),
         *(
             f"--safe-exec-{name}"
             for name in (
-                *("cell-timeout", "compare", "compare-lax", "in-place", "kernel"),
+                *("cell-timeout", "compare", "compare-lax", "coverage", "in-place", "kernel"),
                 *("sanitize-with", "show"),
             )
         ),
+    },
+    "docs/coverage.md": {
+        *("--cov", "--cov-branch", "--cov-config", "--keep", "--show-contexts"),
+        *("--safe-exec", "--safe-exec-coverage"),
     },
     "docs/debug.md": {"--existing"},
     "docs/integrations.md": {

@@ -26,7 +26,7 @@ from safe_exec.cli.options.limits import (
     wall_options,
     walls_of,
 )
-from safe_exec.cli.options.outputs import OutputOptions, form_of, output_options
+from safe_exec.cli.options.outputs import OutputOptions, coverage_of, form_of, output_options
 from safe_exec.cli.options.retries import RetryOptions, retry_options
 from safe_exec.errors import UsageError
 from safe_exec.notebook.kernel_choice import KernelFallback
@@ -140,6 +140,7 @@ def job_of(notebook: Path, options: JobOptions, *, lenient: bool = False) -> Job
         comparison=comparison_of(options.inputs),
         form=form_of(options.output),
         keep_files=tuple(options.output.keep_files),
+        coverage=coverage_of(options.output),
         repeat=options.retry.repeat,
         env=environment_with(variables),
         walls=walls_with(walls_of(options.walls), variables),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 from msgspec import Struct
@@ -10,6 +11,7 @@ from msgspec import Struct
 from safe_exec.cli.options.group import option_group
 from safe_exec.errors import UsageError
 from safe_exec.notebook.output_form import OnFailure, OutputForm
+from safe_exec.workflows.library_coverage import CoverageRequest, demand_coverage
 
 
 class OutputOptions(Struct, frozen=True, kw_only=True):
@@ -20,6 +22,7 @@ class OutputOptions(Struct, frozen=True, kw_only=True):
     clean_metadata: bool = False
     no_output: bool = False
     keep_files: Sequence[str] = ()
+    coverage: bool = False
 
 
 output_options = option_group(
@@ -50,12 +53,25 @@ output_options = option_group(
             metavar="PATTERN",
             help="Keep these files of a private copy of the folder ('*.png').",
         ),
+        click.option(
+            "--coverage",
+            is_flag=True,
+            help="Record which library code ran, for `coverage combine`.",
+        ),
     ),
 )
 
 follow_option = click.option(
     "--follow", is_flag=True, help="Print the output of cells while they run."
 )
+
+
+def coverage_of(options: OutputOptions) -> CoverageRequest | None:
+    """Return the request to measure coverage, if any. Raises UsageError without coverage."""
+    if not options.coverage:
+        return None
+    demand_coverage()
+    return CoverageRequest(folder=Path.cwd())
 
 
 def form_of(options: OutputOptions, prefix: str = "--") -> OutputForm:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from safe_exec.agent import own_actions
+from safe_exec.agent import line_coverage, own_actions
 
 # The agent has no types.
 OwnActions: Any = own_actions.OwnActions
+NO_COVERAGE: Any = line_coverage.NoCoverage()
 
 KERNEL, PARENT = os.getpid(), os.getppid()
 GROUP = os.getpgrp()
@@ -22,7 +23,11 @@ def agent(*, child: bool = False) -> Any:
     told: list[dict[str, Any]] = []
     page = SimpleNamespace(pid=KERNEL, cell=4)
     inside = SimpleNamespace(
-        child=child, page=page, told=told, frames=lambda _frame, _limit: [("f", 1, "cell", 4)]
+        child=child,
+        page=page,
+        told=told,
+        frames=lambda _frame, _limit: [("f", 1, "cell", 4)],
+        coverage=NO_COVERAGE,
     )
     inside.fact_of_any = lambda **fields: told.append(fields)
     inside.fact = inside.fact_of_any
