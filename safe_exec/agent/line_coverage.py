@@ -206,12 +206,12 @@ class LineCoverage:
             if self.inside.child:
                 return
             if number > self.answers or self.inside.in_cell:
-                started = time.monotonic()
+                start_time = time.monotonic()
                 self.write()
-                now = time.monotonic()
-                running = now - self.cell_started if self.inside.in_cell else 0
+                end_time = time.monotonic()
+                running = end_time - self.cell_started if self.inside.in_cell else 0
                 least = min(LONGEST_SECONDS, max(FIRST_SECONDS, running / 2))
-                pause = max(least, (now - started) / SHARE)
+                pause = max(least, (end_time - start_time) / SHARE)
             with self.changed:
                 self.answers = number
                 self.changed.notify_all()
