@@ -42,6 +42,7 @@ async def run_async(
     cwd: str | os.PathLike[str] | None = None,
     allow_errors: bool = False,
     keep_going: bool = False,
+    with_locals: bool = False,
     require: str | None = None,
     mechanisms: Sequence[str] | None = None,
     env: Mapping[str, str] | None = None,
@@ -83,7 +84,8 @@ async def run_async(
     and override the profile; paths begin with ``/`` or ``~``. ``parameters`` are set in a new cell,
     as papermill does. ``skip_tags``, ``only_tags`` and ``until`` (a number from 1, an id or a tag)
     select the code cells to run. ``keep_going`` continues behind each failure and lists all of them
-    in ``failures``. ``exit_is="error"`` makes ``sys.exit(0)`` an error of its cell;
+    in ``failures``. ``with_locals`` adds local variables, masked, to the native stack of a crash.
+    ``exit_is="error"`` makes ``sys.exit(0)`` an error of its cell;
     otherwise it ends the notebook as passed. ``strict_shell`` makes a failing ``!command`` an error of
     its cell; the lines of the file ``stdin`` answer ``input()``. ``in_place`` writes the executed notebook over the notebook
     itself if it passes, and with ``on_failure="write"`` always; ``clean_metadata`` leaves times and
@@ -114,6 +116,7 @@ async def run_async(
         cwd=Path(cwd) if cwd is not None else None,
         allow_errors=allow_errors,
         keep_going=keep_going,
+        with_locals=with_locals,
         require=require,
         mechanisms=tuple(mechanisms) if mechanisms is not None else None,
         env=env,

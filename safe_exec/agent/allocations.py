@@ -25,7 +25,10 @@ def record_allocations(inside):
             # It ends with the process.
             inside.tracker = memray.Tracker(destination=destination)
             inside.tracker.__enter__()
-        except (ImportError, OSError, RuntimeError, TypeError):
-            # Not installed, too old, or the notebook's user may not open the file: growth is
-            # sampled all the same.
+        except ImportError:
+            # Not installed: growth is sampled all the same.
+            return
+        except (OSError, RuntimeError, TypeError) as error:
+            # Too old, or the notebook's user may not open the file.
+            inside.fact(recording_failed="{}: {}".format(type(error).__name__, error)[:200])
             return

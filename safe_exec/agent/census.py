@@ -14,7 +14,15 @@ import time
 
 from .allocations import record_allocations
 from .growth import Growth
-from .holders import Modules, figures, local_variables, outputs, tracebacks, variables
+from .holders import (
+    Modules,
+    figures,
+    local_variables,
+    outputs,
+    tracebacks,
+    unreached,
+    variables,
+)
 from .library_objects import library_handlers
 from .object_sizes import OutOfTime, Residency, Walk
 from .summaries import describe
@@ -251,11 +259,19 @@ class Census:
             walk.most_objects = min(walk.most_objects, room // BYTES_FOR_OBJECT)
         rows = []
         finished = self.measure(walk, self.roots(walk, settled), rows)
+        if finished and self.is_thorough:
+            finished = self.measure(walk, unreached(walk), rows)
+        self.send(walk, rows, current, settled, finished)
         # Installed modules hold much only rarely, and are many: what is not looked at there counts
-        # like the interpreter.
+        # like the interpreter. The kernel may die meanwhile.
         unexplained = current - self.first_bytes - walk.total
         if finished and (self.is_thorough or unexplained > LEAST_UNEXPLAINED_BYTES):
             self.measure(walk, self.modules.variables(self.modules.installed), rows)
+            self.send(walk, rows, current, settled, finished)
+        self.last_holders = [name for _, name, _, _ in rows[:MOST_HOLDERS]]
+
+    def send(self, walk, rows, current, settled, finished):
+        """Send the largest holders that were measured so far."""
         rows.sort(key=lambda row: -row[0])
         self.inside.fact(
             census=[self.holder(*row) for row in rows[:MOST_HOLDERS]],
@@ -267,7 +283,6 @@ class Census:
             settled=settled,
             lines=self.growth.report(),
         )
-        self.last_holders = [name for _, name, _, _ in rows[:MOST_HOLDERS]]
 
     def measure(self, walk, roots, rows):
         """Measure holders into rows; false if the time was over first."""

@@ -1,10 +1,11 @@
 """Enumerates the places that may hold memory: variables first, then what has no variable."""
 
+import gc
 import itertools
 import sys
 import types
 
-from .object_sizes import ATOMS, BASES, MODULE, NAMESPACE, NEVER
+from .object_sizes import ATOMS, BASES, MODULE, NAMESPACE, NEVER, type_name
 
 # A function's frame has this flag, a module's has not (inspect.CO_NEWLOCALS).
 NEW_LOCALS = 2
@@ -13,6 +14,8 @@ NAMES_AT_A_TIME = 1000
 MOST_OUTPUTS = 2000
 # Modules of the notebook's folder are few; others are looked at while there is time.
 MOST_MODULES = 3000
+# A list of so many objects takes 16 MiB.
+MOST_BLOCKS = 2 << 20
 # What IPython puts into the namespace of a notebook.
 OF_SHELL = frozenset(("In", "Out", "exit", "quit", "open", "get_ipython"))
 HISTORY = frozenset(("_i", "_ii", "_iii", "_ih", "_oh", "_dh"))
@@ -176,3 +179,27 @@ def local_variables(main, namespace):
             elif is_own:
                 break
             frame = frame.f_back
+
+
+class Unreached(list):
+    """Objects of one class that no holder leads to."""
+
+
+def unreached(walk):
+    """Yield the objects of the notebook's classes that no other holder leads to, by class.
+
+    They hold each other, and the garbage collector has not come yet or is off.
+    """
+    # The system knows no smaller bound for the number of objects.
+    if sys.getallocatedblocks() > MOST_BLOCKS:
+        return
+    objects = gc.get_objects()
+    own = {kind for kind in set(map(type, objects)) if MODULE(kind) == "__main__"}
+    by_class = {kind: Unreached() for kind in own if type not in BASES(kind)}
+    for thing in [thing for thing in objects if type(thing) in own]:
+        if id(thing) not in walk.visited and type(thing) in by_class:
+            walk.tick()
+            by_class[type(thing)].append(thing)
+    for kind, things in by_class.items():
+        if things:
+            yield "{} objects without a variable".format(type_name(kind)), things

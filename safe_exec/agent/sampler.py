@@ -1,9 +1,11 @@
 """A thread that samples where the main thread is."""
 
 import json
+import opcode
 import sys
 import time
 
+from .holders import NEW_LOCALS
 from .layout import HISTORY, HISTORY_AT, SAMPLE, SAMPLE_AT
 
 # Short cells get a sample too; after ten seconds a slower rate is enough.
@@ -11,6 +13,9 @@ SAMPLE_SECONDS = 0.02
 SLOW_SAMPLE_SECONDS = 0.05
 # In a trial that only looks for the holders of memory.
 THOROUGH_SAMPLE_SECONDS = 0.003
+# The first instruction of a function since Python 3.11; its argument tells a start from a `yield`.
+RESUME = opcode.opmap.get("RESUME")
+AT_START = 0
 
 
 def sample_forever(inside):
@@ -33,7 +38,7 @@ def sample_forever(inside):
         inside.actions.send_traces()
         if page.cell != cell:
             cell, started = page.cell, clock()
-        frame = sys._current_frames().get(inside.main)
+        frame = running(sys._current_frames().get(inside.main))
         rows = inside.frames(frame) if frame else []
         line = next((row[1] for row in rows if row[3] == cell), 0)
         inside.census.sample(rows)
@@ -49,6 +54,22 @@ def sample_forever(inside):
             last_place = place
             page.stack(json.dumps({"cell": cell, "rows": rows, "awaiting": bool(awaiting)}))
         frame = None
+
+
+def running(frame):
+    """Return the frame that ran until now: the caller's, if a function has only just been entered.
+
+    Python hands over its lock at a function's first instruction, so what a C function of the caller
+    took in time and memory before the call would be charged to the function.
+    """
+    if frame is None or frame.f_back is None or frame.f_lineno != frame.f_code.co_firstlineno:
+        return frame
+    # A module's caller is the shell. Of a function on one line, only the instruction tells.
+    if not frame.f_code.co_flags & NEW_LOCALS:
+        return frame
+    at, code = frame.f_lasti, frame.f_code.co_code
+    entered = at < 0 or (code[at] == RESUME and code[at + 1] == AT_START)
+    return frame.f_back if entered else frame
 
 
 def awaited(inside, cell):

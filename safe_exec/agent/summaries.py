@@ -2,9 +2,11 @@
 
 import collections
 import functools
+import gc
 import sys
 import types
 
+from .holders import Unreached
 from .object_sizes import BASES, SEQUENCES, SETS, evenly, first_elements, type_name
 
 # The elements that a description looks at.
@@ -16,6 +18,11 @@ def describe(thing, object_bytes=0):
     """Return a type's name and the content: ``("dict", "dict of 3 bytearray")``."""
     kind = type(thing)
     name = type_name(kind)
+    if kind is Unreached:
+        state = "" if gc.isenabled() else ", and garbage collection is off"
+        return type_name(type(thing[0])), "{:,} objects that refer to each other{}".format(
+            len(thing), state
+        )
     try:
         return name, content(thing, kind, name, object_bytes)[:200]
     except Exception:

@@ -47,12 +47,6 @@ if TYPE_CHECKING:
     budget_help="Time limit of the search [60s, or 3 times the first run].",
 )
 @click.option(
-    "--locals",
-    "with_locals",
-    is_flag=True,
-    help="Show local variables in the native stack of a crash; secrets are masked.",
-)
-@click.option(
     "--events",
     type=click.Path(path_type=Path),
     help="Write events as JSON lines to this file during the run.",
@@ -68,7 +62,6 @@ def command(
     out: Path | None,
     verdict: Path | None,
     options: JobOptions,
-    with_locals: bool,
     as_json: bool,
     quiet: bool,
     follow: bool,
@@ -87,7 +80,7 @@ def command(
     unless the notebook contacted other hosts, because a search runs cells again. Ctrl-C during the
     search keeps the best result so far.
     """
-    job = replace(job_of(notebook, options), output=out, verdict=verdict, with_locals=with_locals)
+    job = replace(job_of(notebook, options), output=out, verdict=verdict)
     quiet_progress = quiet or (as_json and not sys.stderr.isatty())
     while True:
         # Ends a kernel that was started early if the input turns out to be invalid.

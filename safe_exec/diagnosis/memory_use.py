@@ -35,6 +35,8 @@ LEAST_SHARE = 0.01
 MOST_HOLDERS = 20
 # A report that names so much of the peak needs no further trial.
 EXPLAINED_SHARE = 0.9
+# Of the peak; more of it is worth another look.
+MOST_NATIVE_SHARE = 0.3
 MOST_LINES = 20
 # Growth since the last census that is worth a row of its own.
 LEAST_GROWTH_BYTES = 4 << 20
@@ -61,7 +63,7 @@ def memory_use(context: Context, cause: Cause | None) -> MemoryUse | None:
     # The memory of the kernel process that no Python object held.
     native = 0 if settled is None else max(0, settled.memory - settled.total)
     attributed = min(last.total, upper_bound)
-    others = _other_processes(context)
+    others = _other_processes(context, cause, last)
     unnamed = _unnamed(context, last, native, others)
     for holder in (unnamed, others):
         if holder is not None:
@@ -72,12 +74,11 @@ def memory_use(context: Context, cause: Cause | None) -> MemoryUse | None:
     return MemoryUse(
         peak_bytes=peak,
         attributed_bytes=attributed,
-        native_bytes=min(native, upper_bound - attributed)
-        if settled is not None and settled.finished
-        else None,
+        native_bytes=_native_bytes(censuses, upper_bound - attributed),
         complete=last.complete and consistent,
         holders=tuple(sorted(holders, key=lambda holder: -holder.bytes))[:MOST_HOLDERS],
         lines=_lines(context, last, unnamed, others),
+        recording_error=context.evidence.allocations_error,
     )
 
 
@@ -102,6 +103,15 @@ def _settled(censuses: tuple[Census, ...]) -> Census | None:
     see them.
     """
     return next((census for census in reversed(censuses) if census.settled), None)
+
+
+def _native_bytes(censuses: tuple[Census, ...], most: int) -> int | None:
+    """Return what no Python object held between two cells; ``None`` if no census looked at all.
+
+    If the last one had no time for all holders, an earlier one shows a part of it.
+    """
+    finished = _settled(tuple(census for census in censuses if census.finished))
+    return None if finished is None else min(max(0, finished.memory - finished.total), most)
 
 
 def _is_short(context: Context, cause: Cause | None) -> bool:
@@ -144,13 +154,17 @@ def _growth(
     return tuple(CellGrowth(code_index=cell, bytes=size) for cell, size in growth.items())
 
 
-def _other_processes(context: Context) -> Holder | None:
+def _other_processes(context: Context, cause: Cause | None, last: Census) -> Holder | None:
     """Return the memory of the processes that the notebook started, as observed outside."""
     evidence = context.evidence
     peak, own = evidence.memory_peak, evidence.memory_kernel
     if peak is None:
         return None
     size = max(evidence.memory_children or 0, 0 if own is None else peak - own)
+    if cause is not None and cause.kind is CauseKind.WORKER_OUT_OF_MEMORY:
+        # A process that fills its memory within milliseconds dies between two looks. The kernel
+        # lived on and knows its own memory: the remainder was the other processes'.
+        size = max(size, peak - last.memory)
     if size < max(LEAST_GROWTH_BYTES, LEAST_OTHERS_SHARE * peak):
         return None
     return Holder(
@@ -277,15 +291,19 @@ def better_use(first: MemoryUse | None, observed: MemoryUse | None) -> MemoryUse
     """Return the one of two reports of the same failure whose names hold more of the peak."""
     if first is None or observed is None:
         return first or observed
-    return observed if _named_share(observed) >= _named_share(first) else first
+    if _named_share(observed) >= _named_share(first):
+        return observed
+    return replace(first, recording_error=observed.recording_error)
 
 
 def is_explained(use: MemoryUse) -> bool:
     """Whether a report leaves no large part of the memory without a name."""
-    known_bytes = (use.native_bytes or 0) + sum(
-        holder.bytes for holder in use.holders if holder.name is not None
-    )
-    return use.complete and known_bytes >= EXPLAINED_SHARE * (use.peak_bytes or 0)
+    peak, native = use.peak_bytes or 0, use.native_bytes or 0
+    # Libraries take some. Where it is much, objects without a variable may be part of it.
+    if native > MOST_NATIVE_SHARE * peak:
+        return False
+    named_bytes = sum(holder.bytes for holder in use.holders if holder.name is not None)
+    return use.complete and native + named_bytes >= EXPLAINED_SHARE * peak
 
 
 def _named_share(use: MemoryUse) -> float:

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from safe_exec._version import __version__
 from safe_exec.diagnosis.memory_use import memory_use
 from safe_exec.diagnosis.rules import Context, find_cause
+from safe_exec.diagnosis.rules.crashes import KINDS
 from safe_exec.diagnosis.rules.isolation import unexplained
 from safe_exec.model.ending import (
     Cancelled,
@@ -32,7 +33,7 @@ from safe_exec.model.ending import (
     TimedOut,
     signal_name,
 )
-from safe_exec.model.evidence import CellLocation, FaultReport, Frame, NativeFrame
+from safe_exec.model.evidence import CellLocation, Evidence, FaultReport, Frame, NativeFrame
 from safe_exec.model.limits import Isolation, Limits
 from safe_exec.model.patterns import lazy_pattern
 from safe_exec.model.verdict import (
@@ -65,6 +66,7 @@ STATUS_OF: Mapping[type[Any], Status] = {
 
 # Enough for a traceback; the whole output is in the annotated notebook.
 STDERR_TAIL = 4000
+NO_REPORT = "the kernel's fault handler reported nothing, so nothing held the process"
 # Of a local variable.
 LONGEST_VALUE = 200
 _PLUMBING = lazy_pattern(r"/(?:IPython|ipykernel|decorator)/|/decorator\.py$")
@@ -151,7 +153,12 @@ def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict
         cause=cause,
         memory=memory_use(context, cause),
         crash_cell=crash_cell(
-            result.ending, result.location, result.node, evidence.fault, run.file_lines
+            result.ending,
+            result.location,
+            result.node,
+            evidence.fault,
+            run.file_lines,
+            native_error=_native_error(result.ending, evidence),
         ),
         differences=result.ending.differences if isinstance(result.ending, OutputsDiffer) else (),
         cells=tuple(metrics.records.values()),
@@ -232,6 +239,8 @@ def crash_cell(
     node: Any,
     fault: FaultReport | None = None,
     file_lines: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    *,
+    native_error: str | None = None,
 ) -> CrashCell | None:
     """Return the cell that was running at the failure, with its line if it is known."""
     # Some endings have no cell: a failed start, for example.
@@ -254,9 +263,17 @@ def crash_cell(
         if location is not None
         else (),
         native=tuple(_of_native(frame, node) for frame in fault.native) if fault else (),
-        native_error=fault.native_error if fault is not None else None,
+        native_error=native_error,
         file_line=_file_line(file_lines.get(cell.get("id", str(index)), ()), line),
     )
+
+
+def _native_error(ending: Ending, evidence: Evidence) -> str | None:
+    """Return why the native stack of a crash is not known, or not as a whole."""
+    if evidence.fault is not None:
+        return evidence.fault.native_error
+    is_crash = isinstance(ending, Died) and ending.exit is not None and ending.exit.signal in KINDS
+    return NO_REPORT if is_crash and evidence.agent else None
 
 
 def _of_native(frame: NativeFrame, node: Any) -> NativeFrame:

@@ -20,6 +20,8 @@ from safe_exec.inspector.merge import EVAL, IGNORED, PLAIN, CodeFrame, Entry, me
 
 # Of the innermost frames; a stack overflow has tens of thousands.
 MOST_FRAMES = 100
+# Of the innermost frames too: their names matter most.
+MOST_CALLERS = 12
 MOST_LOCALS = 50
 # The runner masks secrets before it cuts values further: half a secret would not be recognised.
 LONGEST_VALUE = 4096
@@ -148,13 +150,22 @@ def frames_of(thread: ThreadStacks, instruction: int, libraries: Libraries) -> l
         CodeFrame(is_entry=bool(frame.is_entry), frame=described(frame)) for frame in thread.python
     ]
     merged = merge(entries, python)[:MOST_FRAMES]
-    return [_with_library(frame, libraries) for frame in merged]
+    frames = [_with_library(frame, libraries) for frame in merged]
+    # The innermost frame was interrupted; all others have called.
+    for frame, raw in list(zip(frames, merged, strict=True))[1:MOST_CALLERS]:
+        if "address" not in raw:
+            break
+        with contextlib.suppress(OSError):
+            frame["function"] = libraries.caller_at(raw["address"]) or frame["function"]
+    return frames
 
 
 def _with_library(frame: dict[str, Any], libraries: Libraries) -> dict[str, Any]:
     if "address" not in frame:
         return frame
-    return {"function": frame["function"], **libraries.locate(frame["address"])}
+    place = libraries.locate(frame["address"])
+    # Generated code has no library; an unwinder may give it the name of some absolute symbol.
+    return {"function": frame["function"] if place else None, **place}
 
 
 def from_fault(frames: Sequence[Any], instruction: int) -> Iterator[Any]:

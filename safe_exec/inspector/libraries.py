@@ -14,6 +14,8 @@ from safe_exec.inspector import symbols
 # A process may have 65530 mappings (sysctl vm.max_map_count).
 MAPS_BYTES = 8 << 20
 LIBRARY_BYTES = 16 << 20
+# There is no time to look at all symbols of a larger one.
+SMALL_LIBRARY_BYTES = 16 << 20
 RECORD_BYTES = 4 << 20
 MOST_PACKAGES = 3000
 
@@ -73,6 +75,18 @@ class Libraries:
             elf = file.read(symbols.MOST_BYTES)
             return symbols.function_at(elf, address - part.low + part.offset)
         return None
+
+    def caller_at(self, address: int) -> str | None:
+        """Return the function that a return address belongs to, if it is not the one that follows.
+
+        A call that never returns may be a function's last instruction. Then the address to return
+        to is that of the next function, by whose name unwinders call the frame.
+        """
+        part = self._part(address)
+        if part is None or os.stat(self._root + part.path).st_size > SMALL_LIBRARY_BYTES:
+            return None
+        caller = self.function_at(address - 1)
+        return symbols.demangled(caller) if caller and caller != self.function_at(address) else None
 
     def _part(self, address: int) -> Loaded | None:
         at = bisect.bisect_right(self._parts, address, key=lambda part: part.low) - 1

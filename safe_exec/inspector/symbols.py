@@ -6,6 +6,7 @@ unwinding. Format: elf(5), 64-bit and little-endian only.
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -60,6 +61,22 @@ def function_at(elf: bytes, offset: int) -> str | None:
                     end = elf.find(b"\0", start, start + _LONGEST_NAME)
                     return elf[start:end].decode("utf-8", "replace") or None
     return None
+
+
+def demangled(name: str) -> str:
+    """Return a C++ function's name as in its source, if the C++ library is installed here."""
+    if not name.startswith("_Z"):
+        return name
+    try:
+        library = ctypes.CDLL("libstdc++.so.6")
+    except OSError:
+        return name
+    demangle = library["__cxa_demangle"]
+    demangle.restype = ctypes.c_void_p
+    status = ctypes.c_int()
+    # This process ends soon: the text needs no release.
+    text = demangle(name.encode(), None, None, ctypes.byref(status))
+    return name if not text else ctypes.string_at(text).decode("utf-8", "replace")
 
 
 def _sections(elf: bytes) -> Iterator[_Section]:

@@ -187,6 +187,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--safe-exec-keep-going", action="store_true", help="As `safe-exec run --keep-going`."
     )
+    group.addoption("--safe-exec-locals", action="store_true", help="As `safe-exec run --locals`.")
     group.addoption(
         "--safe-exec-no-bisect",
         action="store_true",
@@ -226,6 +227,7 @@ class Settings:
     kernel_fallback: str = "language"
     require: str | None = None
     keep_going: bool = False
+    with_locals: bool = False
     bisect: str = "auto"
     bisect_budget: float | None = None
 
@@ -296,6 +298,7 @@ def _settings(config: pytest.Config) -> Settings:
         kernel_fallback=config.getoption("safe_exec_kernel_fallback"),
         require=config.getoption("safe_exec_require"),
         keep_going=config.getoption("safe_exec_keep_going"),
+        with_locals=config.getoption("safe_exec_locals"),
         bisect="never" if config.getoption("safe_exec_no_bisect") else "auto",
         bisect_budget=parse_budget(
             config.getoption("safe_exec_bisect_budget"), "--safe-exec-bisect-budget"
@@ -579,6 +582,7 @@ class NotebookItem(pytest.Item):
                 kernel_fallback=KernelFallback(settings.kernel_fallback),
                 require=settings.require,
                 keep_going=settings.keep_going,
+                with_locals=settings.with_locals,
                 bisect=Bisect(settings.bisect),
                 bisect_budget=settings.bisect_budget,
                 env=self._environment(),

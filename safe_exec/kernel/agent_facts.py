@@ -79,6 +79,8 @@ class AgentFacts:
         self.failed_commands: list[FailedCommand] = []
         self.failed_command_count = 0
         self.census = CensusFacts()
+        # Why memray could not record allocations.
+        self.recording_error: str | None = None
         self.raised: dict[int, deque[ReportedErrors]] = {}
         self.armed = True
         self._cells: dict[int, str] = {}
@@ -154,6 +156,8 @@ class AgentFacts:
             self.own_actions.take_tracing(fact)
         elif "failed_command" in fact:
             self._note_failed_command(fact)
+        elif "recording_failed" in fact:
+            self.recording_error = str(fact["recording_failed"])[:LONGEST_TEXT]
         elif "census" in fact:
             self.census.take(fact)
         elif "armed" in fact:

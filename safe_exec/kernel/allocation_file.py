@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, Self
 
+from msgspec import Struct
+
 from safe_exec.kernel.cell_code import CellCode
 from safe_exec.model.memory import CensusLine, CensusSite
 
@@ -19,6 +21,16 @@ READER = Path(__file__).with_name("allocation_reader.py")
 READER_SECONDS = 30.0
 MOST_BYTES = 1 << 47
 MOST_SITES = 10
+LONGEST_ERROR = 200
+# Of one mapping.
+LEAST_RESERVED_BYTES = 256 << 20
+
+
+class Recording(Struct, frozen=True, kw_only=True):
+    """What memray recorded, or why that could not be read."""
+
+    lines: tuple[CensusLine, ...] = ()
+    error: str | None = None
 
 
 def can_read_allocations() -> bool:
@@ -47,14 +59,15 @@ class AllocationFile:
         if self._records:
             socket.send_fds(facts, [b"allocations"], [self._file.fileno()])
 
-    def read(self, code: CellCode) -> tuple[CensusLine, ...]:
+    def read(self, code: CellCode, peak: int | None) -> Recording:
         """Return what each stack of cell lines had allocated at the end, the largest first.
 
-        Empty if nothing was recorded, or if it cannot be read.
+        Empty without an error if nothing was recorded: the kernel's environment has no memray.
+        ``peak`` is the memory that was in use at most, in bytes.
         """
         descriptor = self._file.fileno()
         if not os.fstat(descriptor).st_size:
-            return ()
+            return Recording()
         command = [sys.executable, "-I", str(READER), str(descriptor)]
         try:
             reader = subprocess.run(
@@ -64,15 +77,35 @@ class AllocationFile:
                 timeout=READER_SECONDS,
                 check=True,
             )
-            return lines_of(json.loads(reader.stdout), code)
-        except (subprocess.SubprocessError, ValueError, TypeError, OSError):
-            return ()
+            return Recording(lines=lines_of(json.loads(reader.stdout), code, peak))
+        except subprocess.CalledProcessError as error:
+            message = error.stderr.decode("utf-8", "replace").strip().splitlines()
+            return Recording(error=message[-1][:LONGEST_ERROR] if message else str(error))
+        except (subprocess.SubprocessError, ValueError, TypeError, OSError) as error:
+            return Recording(error=" ".join(str(error).split())[:LONGEST_ERROR])
 
 
-def lines_of(rows: list[Any], code: CellCode) -> tuple[CensusLine, ...]:
+def without_reserved(rows: list[Any], peak: int | None) -> list[Any]:
+    """Return allocations without large mappings that cannot have been written to.
+
+    Allocators reserve address space beyond what they use: pyarrow's takes 1 GiB at once.
+    """
+    if peak is None:
+        return rows
+    total = sum(size for size, _, _ in rows)
+    written: list[Any] = []
+    for size, mapped, stack in sorted(rows, key=lambda row: -int(row[1])):
+        if int(mapped) >= LEAST_RESERVED_BYTES and total > peak:
+            total -= size
+        else:
+            written.append([size, mapped, stack])
+    return written
+
+
+def lines_of(rows: list[Any], code: CellCode, peak: int | None) -> tuple[CensusLine, ...]:
     """Return the bytes by stacks of cell lines. Raises ValueError or TypeError for other rows."""
     sums: dict[tuple[CensusSite, ...], int] = {}
-    for size, stack in rows:
+    for size, _, stack in without_reserved(rows, peak):
         sites = _sites(stack, code)
         if sites:
             sums[sites] = sums.get(sites, 0) + min(max(0, int(size)), MOST_BYTES)

@@ -27,6 +27,7 @@ from safe_exec.reports.masking import MASK, is_secret_name
 BUDGET_SECONDS = 2.0
 TOO_SLOW = f"reading it took more than {BUDGET_SECONDS:g} s"
 OWN_END = "the interpreter ended the process itself, and its fault handler was off by then"
+NOT_HELD = "the process had ended before its stack could be read"
 MISSING = "pystack is not installed (pip install 'safe-exec[native]')"
 BOOT = (
     "import sys; sys.path.append(sys.argv[1]); from safe_exec.inspector.inspector import main; "
@@ -98,14 +99,21 @@ def parse(lines: list[bytes], failure: str) -> NativeReading:
     return NativeReading(frames=frames, error=None if has_all else failure)
 
 
-def named_by_report(fault: FaultReport) -> FaultReport:
-    """Add the C function that the interpreter named when it ended itself."""
+def with_innermost(fault: FaultReport) -> FaultReport:
+    """Add the innermost C function, or its library, if the native stack could not be read."""
+    if fault.native:
+        return fault
     # Python turns its fault handler off before it aborts (Py_FatalError), so nothing holds the
     # process. Its message begins with the function that called for the end.
-    match = _FATAL_FUNCTION.match(fault.title)
-    if fault.native or match is None:
-        return fault
-    return replace(fault, native=(NativeFrame(function=match[1]),), native_error=OWN_END)
+    if match := _FATAL_FUNCTION.match(fault.title):
+        return replace(fault, native=(NativeFrame(function=match[1]),), native_error=OWN_END)
+    library = fault.site.library if fault.site is not None else None
+    return replace(
+        fault,
+        # Read from the saved registers. Its offset counts in the file, not in memory.
+        native=() if library is None else (NativeFrame(function=None, library=library),),
+        native_error=fault.native_error or NOT_HELD,
+    )
 
 
 def native_frames(

@@ -419,6 +419,8 @@ class Evidence(Struct, frozen=True, kw_only=True):
     censuses: tuple[Census, ...] = ()
     # The lines whose allocations were alive at the end, if they were recorded in the kernel.
     allocations: tuple[CensusLine, ...] = ()
+    # Why a recording that was asked for could not be made or read; the lines are then sampled.
+    allocations_error: str | None = None
 
 
 # The fields of the evidence that the kernel process says of itself: read outside, but written
@@ -439,4 +441,5 @@ CLAIMS = (
     "printed",
     "censuses",
     "allocations",
+    "allocations_error",
 )

@@ -102,7 +102,8 @@ class MemoryUse(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     ``peak_bytes`` was measured outside. ``attributed_bytes`` is the part that the holders had,
     ``native_bytes`` the part of the kernel process that no Python object held. What is left of the
-    peak is not attributed. ``complete``: no figure is an estimate.
+    peak is not attributed. ``complete``: no figure is an estimate. ``recording_error``: why the
+    lines are from samples although memray was to record all allocations.
     """
 
     peak_bytes: Count | None
@@ -111,3 +112,4 @@ class MemoryUse(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     complete: bool
     holders: tuple[Holder, ...] = ()
     lines: tuple[AllocationLine, ...] = ()
+    recording_error: str | None = None

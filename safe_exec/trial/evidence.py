@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from safe_exec.kernel.allocation_file import Recording
 from safe_exec.kernel.fault_report import parse_fault
-from safe_exec.kernel.native_stack import named_by_report, native_frames
+from safe_exec.kernel.native_stack import native_frames, with_innermost
 from safe_exec.model.ending import CellFailed, Ending, TimedOut
 from safe_exec.model.evidence import CellLocation, Evidence, FaultReport, Frame
 from safe_exec.sandbox.mechanisms.watchdog import Peaks
@@ -54,6 +55,11 @@ def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellL
     error = ending.error if isinstance(ending, CellFailed | TimedOut) else None
     current = metrics.records.get(state.current) if state.current is not None else None
     raised = raised_by(state, ending.error) if isinstance(ending, CellFailed) else None
+    recording = (
+        session.allocations.read(session.agent_facts.code, peak)
+        if session.allocations is not None
+        else Recording()
+    )
     return Evidence(
         exit=ended.status if ended else None,
         termination=ended.reason if ended else None,
@@ -116,9 +122,8 @@ def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellL
         conflicts=isolation_conflicts(state, ending, location),
         volumes=session.volumes.lowest() if session.volumes else (),
         final_output=final_output(session),
-        allocations=session.allocations.read(session.agent_facts.code)
-        if session.allocations is not None
-        else (),
+        allocations=recording.lines,
+        allocations_error=session.agent_facts.recording_error or recording.error,
         censuses=session.agent_facts.census.all(session.agent_facts.index_of),
     ), location
 
@@ -156,7 +161,7 @@ def _fault(state: TrialState) -> FaultReport | None:
         python = session.agent_facts.hello.get("python")
         frames = native_frames(session.native, cells, python)
         report = replace(report, native=frames, native_error=session.native.error)
-    return None if report is None else named_by_report(report)
+    return None if report is None else with_innermost(report)
 
 
 def _memory_peak(state: TrialState, kills: int | None, raw: int | None) -> int | None:

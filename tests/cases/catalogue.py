@@ -41,6 +41,8 @@ class Case:
     env: Mapping[str, str] = field(default_factory=dict)
     packages: tuple[str, ...] = ()
     needs_isolation: tuple[str, ...] = ()
+    memory: Mapping[str, Any] | None = None
+    native: str = ""
     python: str = ""
     alternatives: tuple[Mapping[str, Any], ...] = ()
     says: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ import random
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any
 
 import pytest
 
+from safe_exec.kernel.launch import has_pystack
 from safe_exec.model.limits import Mechanism
 from safe_exec.sandbox.planner import CHOOSABLE
 from tests.cases.catalogue import Case, Place, read_all, runnable
@@ -156,6 +158,50 @@ def check_cause(case: Case, outcome: Outcome) -> None:
     assert not forbidden, f"says {forbidden}\n{report}\n{outcome.verdict['warnings']}"
 
 
+def check_memory(case: Case, place: Place, outcome: Outcome) -> None:
+    """Check the largest holder, the line that allocated most, and that nearly all is explained."""
+    if case.memory is None:
+        return
+    memory = outcome.verdict["memory"]
+    if not case.memory["held"]:
+        # An allocation that was refused was itself too large.
+        assert "held by" not in outcome.stdout, outcome.stdout
+        return
+    # Where rlimits refuse an allocation, the memory may have been nearly empty.
+    if memory is None or memory["peak_bytes"] < 0.9 * outcome.verdict["limits"]["memory"]:
+        assert outcome.verdict["cause"]["kind"] == "memory_error", outcome.stdout
+        return
+    known = memory["attributed_bytes"] + (memory["native_bytes"] or 0)
+    assert known >= 0.9 * memory["peak_bytes"], memory
+    first = memory["holders"][0]
+    assert (first["name"] or first["type"]) in case.memory["held"], memory["holders"]
+    sums: Counter[tuple[int, int]] = Counter()
+    for row in memory["lines"]:
+        sums[row["code_index"], row["line"]] += row["bytes"]
+    # Another line may have allocated nearly as much.
+    lines = [list(line) for line, size in sums.items() if size >= 0.9 * max(sums.values())]
+    # Where a watchdog looks, the last line may have taken more than the limit.
+    if case.memory["line"] is not None and place == "root":
+        assert case.memory["line"] in lines, memory["lines"]
+
+
+def check_native(case: Case, outcome: Outcome) -> None:
+    """Check the C function to blame, or its library, or that the verdict says why there is none."""
+    crash = outcome.verdict["crash_cell"]
+    if not case.native or not has_pystack():
+        return
+    if not crash["native"]:
+        assert crash["native_error"], outcome.stdout
+    # If there was no time to unwind, the registers told the library.
+    elif crash["native"][0]["function"] or crash["native_error"] is None:
+        places = [
+            f"{frame['function'] or '?'} in {Path(frame['library'] or '?').name}"
+            for frame in crash["native"]
+            if frame["python"] is None
+        ]
+        assert any(re.search(case.native, place) for place in places), crash["native"]
+
+
 def strings_in(value: Any) -> Iterator[str]:
     """All texts and keys of a JSON document."""
     if isinstance(value, str):
@@ -220,6 +266,8 @@ ANSWERED = drawn(
 def test_case(case: Case, place: Place, folder: Path) -> None:
     outcome = run_case(case, place, folder, "case.ipynb", *case.options, "--no-bisect")
     check_cause(case, outcome)
+    check_memory(case, place, outcome)
+    check_native(case, outcome)
     check_files(case, folder / ("home/project" if case.home else "base"), outcome)
 
 
@@ -257,6 +305,8 @@ def test_culprits(case: Case, place: Place, folder: Path, record_property: Any) 
         f"no control group without a keeper: {orphaned_groups()}",
     )
     check_cause(case, outcome)
+    check_memory(case, place, outcome)
+    check_native(case, outcome)
     verdict = outcome.verdict
     report = f"{outcome.stdout}\n{outcome.stderr}"
     culprits = verdict["culprits"]

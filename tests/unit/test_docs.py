@@ -84,7 +84,7 @@ OF_OTHER_TOOLS = {
             *(
                 f"--safe-exec-{name}"
                 for name in (
-                    *("limits", "kernel", "require", "keep-going"),
+                    *("limits", "kernel", "require", "keep-going", "locals"),
                     *("no-bisect", "bisect-budget", "out"),
                 )
             ),

@@ -52,6 +52,7 @@ class JobOptions(Struct, frozen=True, kw_only=True):
     cwd: Path | None
     allow_errors: bool
     keep_going: bool
+    with_locals: bool
     require: str | None
     mechanisms: str | None
     bisect: str
@@ -104,6 +105,12 @@ def job_options(*, kernel_help: str, cwd_help: str, budget_help: str) -> Decorat
                 help=f"Use only these mechanisms: {', '.join(CHOOSABLE)}.",
             ),
             click.option(
+                "--locals",
+                "with_locals",
+                is_flag=True,
+                help="Show local variables in the native stack of a crash; secrets are masked.",
+            ),
+            click.option(
                 "--bisect",
                 type=click.Choice([choice.value for choice in Bisect]),
                 default=Bisect.AUTO.value,
@@ -151,6 +158,7 @@ def job_of(notebook: Path, options: JobOptions, *, lenient: bool = False) -> Job
         cwd=options.cwd,
         allow_errors=options.allow_errors,
         keep_going=options.keep_going,
+        with_locals=options.with_locals,
         require=options.require,
         mechanisms=mechanism_names(options.mechanisms),
         command=command_line(),

@@ -11,6 +11,7 @@ from safe_exec.units import format_size
 
 MOST_SHOWN = 4
 MOST_LINES = 2
+LONGEST_REASON = 80
 # Smaller shares of the peak are not worth a line.
 LEAST_SHARE = 0.05
 LEAST_REST = 0.1
@@ -90,7 +91,16 @@ def allocation_lines(verdict: Verdict, most: int = MOST_LINES) -> list[str]:
         return []
     least = (memory.peak_bytes or 0) * LEAST_REST
     rows = [row for row in by_line(memory) if row[1] >= least]
-    return [allocation_line(line, size, callers) for line, size, callers in rows[:most]]
+    lines = [allocation_line(line, size, callers) for line, size, callers in rows[:most]]
+    return lines + recording_lines(memory)
+
+
+def recording_lines(memory: MemoryUse) -> list[str]:
+    """Return a line if allocations were to be recorded and the lines are from samples instead."""
+    if memory.recording_error is None:
+        return []
+    reason = common.clip(common.single_line(memory.recording_error), LONGEST_REASON)
+    return [f"from samples: memray's recording cannot be used ({reason})"]
 
 
 def allocation_line(line: AllocationLine, size: int, callers: Iterable[CallSite]) -> str:

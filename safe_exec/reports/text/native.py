@@ -49,10 +49,18 @@ def _c_frames(crash: CrashCell | None) -> list[NativeFrame]:
     ends = [n for n, f in enumerate(frames) if f.function and _ENDS.fullmatch(f.function)]
     if not ends:
         return frames
-    outside = range(ends[-1] + 1, len(frames))
-    # Stripped libraries do not name their own functions that end the process.
-    first = next((n for n in outside if frames[n].function), ends[-1] + 1)
-    return frames[first:] or frames
+    outside = frames[ends[-1] + 1 :]
+    # Stripped libraries do not name their own functions that end the process. One without any name
+    # is to blame all the same, and not its caller.
+    first = next(
+        (
+            n
+            for n, frame in enumerate(outside)
+            if frame.function and frame.library == outside[0].library
+        ),
+        0,
+    )
+    return outside[first:] or frames
 
 
 def c_function(frame: NativeFrame) -> str:

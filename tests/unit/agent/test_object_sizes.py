@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
-from safe_exec.agent import library_objects, object_sizes, summaries
+from safe_exec.agent import holders, library_objects, object_sizes, summaries
 
 # The agent has no types.
 Walk: Any = object_sizes.Walk
@@ -249,3 +250,33 @@ def test_an_import_is_never_made() -> None:
     assert "torch" not in sys.modules
     library_handlers()
     assert "torch" not in sys.modules
+
+
+def test_objects_that_only_refer_to_each_other_are_holders(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The tests before may have left millions of objects.
+    monkeypatch.setattr(holders, "MOST_BLOCKS", 1 << 40)
+    # As in a notebook, whose module is `__main__`.
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    exec(
+        "class Node:\n    def __init__(self):\n"
+        "        self.me, self.payload = self, bytearray(1 << 20)",
+        namespace,
+    )
+    gc.disable()
+    try:
+        for _ in range(20):
+            namespace["Node"]()
+        one, kept = walk(), namespace["Node"]()
+        one.measure(kept)
+        ((name, nodes),) = holders.unreached(one)  # type: ignore[no-untyped-call]
+        size, summary = one.measure(nodes), describe(nodes)
+    finally:
+        gc.enable()
+    assert name == "Node objects without a variable"
+    assert 20 * MIB <= size < 21 * MIB
+    assert summary == (
+        "Node",
+        "20 objects that refer to each other, and garbage collection is off",
+    )

@@ -149,9 +149,24 @@ def test_without_a_census_nothing_is_known() -> None:
 
 
 def test_a_census_that_ran_out_of_time_says_nothing_of_native_memory() -> None:
-    memory = used(context(START, replace(FIRST, complete=False, finished=False)))
-    assert memory.native_bytes is None
+    cut = replace(FIRST, complete=False, finished=False)
+    assert used(context(cut)).native_bytes is None
+    # An earlier one shows a part of it.
+    memory = used(context(START, cut))
+    assert memory.native_bytes == 60 * MIB
     assert not memory.complete
+
+
+def test_what_a_killed_worker_took_between_two_looks_is_no_memory_of_the_kernel() -> None:
+    given_context = context(START, FIRST)
+    evidence = replace(given_context.evidence, memory_children=200 * MIB)
+    worker = replace(OOM, kind=CauseKind.WORKER_OUT_OF_MEMORY)
+    memory = used(replace(given_context, evidence=evidence), worker)
+    assert [(holder.name, holder.type, holder.bytes) for holder in memory.holders] == [
+        (None, "process", 340 * MIB),
+        ("cache", "dict", 100 * MIB),
+    ]
+    assert (memory.attributed_bytes, memory.native_bytes) == (440 * MIB, 60 * MIB)
 
 
 sizes = st.integers(0, 1 << 47)

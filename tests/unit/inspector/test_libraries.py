@@ -45,6 +45,21 @@ def test_a_function_of_this_process() -> None:
     assert libraries.locate(8) == {} and libraries.function_at(8) is None
 
 
+def test_a_call_at_the_end_of_a_function_is_not_one_of_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    libc = ctypes.CDLL(None)
+    address = ctypes.cast(libc.getppid, ctypes.c_void_p).value
+    assert address is not None
+    libraries = Libraries(os.getpid())
+    # The byte before a function belongs to none, or to the one before it.
+    assert libraries.caller_at(address) != libraries.function_at(address)
+    assert libraries.caller_at(address + 1) is None
+    names = {address - 1: "_ZSt17__throw_bad_allocv", address: "next"}
+    monkeypatch.setattr(libraries, "function_at", names.get)
+    assert libraries.caller_at(address) == "std::__throw_bad_alloc()"
+
+
 @pytest.mark.parametrize(
     ("file", "version"),
     [

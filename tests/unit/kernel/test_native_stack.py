@@ -9,13 +9,14 @@ import pytest
 
 from safe_exec.kernel.cell_code import CellCode
 from safe_exec.kernel.native_stack import (
+    NOT_HELD,
     OWN_END,
     NativeReading,
-    named_by_report,
     native_frames,
     parse,
+    with_innermost,
 )
-from safe_exec.model.evidence import FaultReport, NativeFrame
+from safe_exec.model.evidence import FaultReport, FaultSite, NativeFrame
 
 CELLS = CellCode.of_files({"/tmp/ipykernel_1/a.py": 4})
 C_FRAME: dict[str, Any] = {
@@ -93,6 +94,23 @@ def test_variables_with_secret_names_are_masked() -> None:
     ],
 )
 def test_the_interpreter_names_the_function_that_ended_it(title: str, function: str | None) -> None:
-    named = named_by_report(FaultReport(title=title, stack=()))
+    named = with_innermost(FaultReport(title=title, stack=()))
     assert [frame.function for frame in named.native] == ([function] if function else [])
-    assert named.native_error == (OWN_END if function else None)
+    assert named.native_error == (OWN_END if function else NOT_HELD)
+
+
+def test_without_a_stack_the_registers_tell_the_library() -> None:
+    site = FaultSite(
+        faulted=True,
+        main=True,
+        address=0,
+        stack_pointer=0,
+        stack_bytes=None,
+        overflow=False,
+        library="/usr/lib/libfast.so",
+        library_offset=7,
+    )
+    report = FaultReport(title="Segmentation fault", stack=(), site=site, native_error="too slow")
+    (frame,) = with_innermost(report).native
+    assert (frame.function, frame.library, frame.offset) == (None, "/usr/lib/libfast.so", None)
+    assert with_innermost(report).native_error == "too slow"
