@@ -13,6 +13,7 @@ import pytest
 from msgspec.structs import replace
 from playwright.sync_api import Browser, Dialog, Locator, Page, expect, sync_playwright
 
+from safe_exec.model.memory import AllocationLine, CellGrowth, Holder, MemoryUse
 from safe_exec.model.verdict import (
     CauseKind,
     CellRecord,
@@ -178,6 +179,33 @@ def test_one_machine_needs_no_column(show: Show, tmp_path: Path) -> None:
     expect(seen.page.locator("td.machine")).to_have_count(0)
 
 
+MEMORY = MemoryUse(
+    peak_bytes=GIB,
+    attributed_bytes=912 * MIB,
+    native_bytes=50 * MIB,
+    complete=True,
+    holders=(
+        Holder(
+            name="big",
+            type="DataFrame",
+            bytes=612 * MIB,
+            summary="DataFrame 1,000 x 3",
+            code_index=0,
+            growth=(CellGrowth(code_index=0, bytes=612 * MIB),),
+        ),
+        Holder(
+            name="rows",
+            type="list",
+            bytes=300 * MIB,
+            summary="list of 5 bytes",
+            code_index=1,
+            growth=(CellGrowth(code_index=1, bytes=300 * MIB),),
+        ),
+    ),
+    lines=(AllocationLine(code_index=0, line=1, function="<module>", bytes=612 * MIB),),
+)
+
+
 def mixed(root: Path) -> list[NotebookResult]:
     """A notebook of each kind."""
     oom = verdict_of(
@@ -187,6 +215,7 @@ def mixed(root: Path) -> list[NotebookResult]:
         cwd=str(root / "docs"),
         stderr_tail="last words of the kernel\n",
     )
+    oom = replace(oom, memory=MEMORY)
     error = verdict_of(
         2.0,
         40 * MIB,
@@ -311,6 +340,7 @@ def test_a_case_says_why_where_and_what_to_do(show: Show, tmp_path: Path) -> Non
         "give it more with --memory",
     ):
         expect(case.get_by_text(words, exact=False).first).to_be_visible()
+    expect(case.locator(".culprit .cost.memory")).to_have_text("612 MiB")
     facts = case.locator(".evidence tbody tr").first
     expect(facts).to_contain_text(re.compile("oom kills.*1.*memory.oom_control.*outside"))
     expect(case.locator(".command code")).to_have_text(
@@ -337,6 +367,13 @@ def test_the_chart_shows_memory_against_its_limit(show: Show, tmp_path: Path) ->
     line = chart.locator("path.memory").bounding_box()
     assert box and limit and line
     assert abs(line["y"] - limit["y"]) < 3, "the peak touches the limit"
+    area = chart.locator("path.area").bounding_box()
+    bands = [chart.locator(f"path.stacked.s{n}").bounding_box() for n in range(2)]
+    assert area and bands[0] and bands[1]
+    # Each is drawn over the one before: 612 and 300 MiB of 1 GiB.
+    assert abs(bands[0]["height"] / area["height"] - 612 / 1024) < 0.02
+    assert abs((area["y"] + area["height"] - bands[1]["y"]) / area["height"] - 912 / 1024) < 0.02
+    expect(case.locator(".legend.stacked")).to_have_text(["big", "rows"])
     assert chart.locator("rect.cell").count() == 2
     assert (
         chart.locator("rect.cell.crashed").count()

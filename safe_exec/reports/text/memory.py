@@ -145,6 +145,12 @@ def by_line(memory: MemoryUse) -> list[tuple[AllocationLine, int, tuple[CallSite
     return sorted(rows, key=lambda row: -row[1])
 
 
+def line_sizes(memory: MemoryUse | None, code_index: int) -> dict[int, str]:
+    """Return the memory that each line of a code cell allocated, by its number."""
+    rows = [] if memory is None else by_line(memory)
+    return {line.line: format_size(size) for line, size, _ in rows if line.code_index == code_index}
+
+
 def rest_lines(memory: MemoryUse) -> list[str]:
     """Return lines for memory that no holder had, if it is much."""
     peak = memory.peak_bytes

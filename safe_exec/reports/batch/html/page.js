@@ -260,7 +260,7 @@
     if (detail.flaky) add(el("p", { class: "flaky" }, detail.flaky));
     const left = el("div", { class: "column wide" });
     const right = el("div", { class: "column" });
-    if (detail.crash) left.append(part(`Code cell ${detail.crash.n}`, detail.crash.moment, codeBlock(detail.crash.source, detail.crash.times)));
+    if (detail.crash) left.append(part(`Code cell ${detail.crash.n}`, detail.crash.moment, codeBlock(detail.crash.source, detail.crash.costs)));
     if (detail.memory_use) left.append(...drawMemoryUse(detail.memory_use));
     if (detail.native || detail.native_gap) left.append(drawNative(detail));
     if (detail.culprits) left.append(drawCulprits(detail.culprits));
@@ -283,7 +283,7 @@
   const drawOther = (other) => {
     const box = el("section", { class: "other", "aria-label": other.headline }, el("h2", { class: "failed" }, other.headline));
     if (other.why || (other.confidence && other.confidence !== "certain")) box.append(whyLine(other));
-    if (other.crash) box.append(part(`Code cell ${other.crash.n}`, other.crash.moment, codeBlock(other.crash.source)));
+    if (other.crash) box.append(part(`Code cell ${other.crash.n}`, other.crash.moment, codeBlock(other.crash.source, other.crash.costs)));
     if (other.culprits) box.append(drawCulprits(other.culprits));
     return box;
   };
@@ -295,12 +295,17 @@
 
   const part = (title, note, ...children) => el("div", { class: "part" }, el("h3", null, title, note ? el("span", { class: "note" }, note) : null), ...children);
 
-  const codeBlock = (source, times = {}) => {
+  const lineCosts = ([time, bytes] = []) => [
+    time ? el("span", { class: "cost", title: "time in this line and in what it called" }, time) : null,
+    bytes ? el("span", { class: "cost memory", title: "memory that this line allocated and that was there at the end" }, bytes) : null,
+  ];
+
+  const codeBlock = (source, costs = {}) => {
     if (!source) return el("p", { class: "note" }, "Its source is not known any more.");
     const lines = source.lines.map((words, n) => {
       const number = source.first === null ? "" : source.first + n;
       const marked = source.marked !== null && number === source.marked;
-      return el("span", { class: marked ? "codeline marked" : "codeline" }, el("span", { class: "lineno", "aria-hidden": "true" }, number), el("span", { class: "words" }, marked ? el("span", { class: "hidden" }, `line ${number}: `) : null, words || " "), times[number] ? el("span", { class: "cost", title: "time in this line and in what it called" }, times[number]) : null, "\n");
+      return el("span", { class: marked ? "codeline marked" : "codeline" }, el("span", { class: "lineno", "aria-hidden": "true" }, number), el("span", { class: "words" }, marked ? el("span", { class: "hidden" }, `line ${number}: `) : null, words || " "), ...lineCosts(costs[number]), "\n");
     });
     const said = source.alone ? "Only this line is known: the notebook is not the one that was run any more, or too large." : source.cut ? `${counted(source.cut, "more line")} not shown.` : "";
     return el("div", { class: "code" }, el("pre", { tabindex: "0", "aria-label": "source" }, el("code", null, ...lines)), said ? el("p", { class: "note" }, said) : null);
@@ -318,7 +323,7 @@
         "li",
         { class: `culprit ${cell.role}` },
         el("p", null, el("strong", null, `Code cell ${cell.n}`), " ", el("span", { class: `role ${cell.role}` }, cell.role), cell.first ? el("span", { class: "role first" }, "look first") : null, " ", el("span", { class: "note" }, cell.note)),
-        codeBlock(cell.source),
+        codeBlock(cell.source, cell.costs),
       ),
     );
     const more = culprits.cut ? el("p", { class: "note" }, `${counted(culprits.cut, "more cell")} not shown.`) : null;
@@ -413,7 +418,8 @@
     };
     new ResizeObserver(() => row.chart()).observe(holder);
     const legend = [["crashed", "crash cell", detail.crash], ["culprit", "culprit", detail.culprits && detail.culprits.all.length > 1], ["", detail.crash ? "other cell" : "cell", true]];
-    const under = el("div", { class: "under" }, ...legend.filter((each) => each[2]).map(([kind, words]) => el("span", { class: `legend ${kind}` }, words)), readout);
+    const layers = stacked(detail).map((layer, n) => el("span", { class: `legend stacked s${n}` }, layer.name));
+    const under = el("div", { class: "under" }, ...layers, ...legend.filter((each) => each[2]).map(([kind, words]) => el("span", { class: `legend ${kind}` }, words)), readout);
     const first = begin(detail);
     const notes = [note, first > 0.5 ? `first cell after ${clock(first)}` : ""].filter(Boolean).join(" · ");
     return part("Memory over time", notes, holder, under);
@@ -460,9 +466,11 @@
       if (wide > 9 * String(cell.n).length + 6) root.append(svg("text", { class: `name ${kind}`, x: fixed(from + (wide - 1) / 2), y: bottom + box.gap + 15, "text-anchor": "middle" }, cell.n));
     }
     root.append(svg("text", { class: "tick", x: box.left - 8, y: bottom + box.gap + 15, "text-anchor": "end" }, "cell"));
+    const layers = stacked(detail);
     for (const run of runs(seconds, memory)) {
       const line = run.map(([at, value]) => `${fixed(x(at))},${fixed(y(value))}`).join(" L");
       root.append(svg("path", { class: "area", d: `M${fixed(x(run[0][0]))},${bottom} L${line} L${fixed(x(run[run.length - 1][0]))},${bottom} Z` }));
+      layers.forEach((layer, n) => root.append(svg("path", { class: `stacked s${n}`, d: band(run, layers, n, x, y) }, svg("title", null, layer.name))));
       root.append(svg("path", { class: "memory", d: `M${line}` }));
     }
     root.append(svg("line", { class: "axis", x1: box.left, x2: width - box.right, y1: bottom, y2: bottom }));
@@ -472,6 +480,27 @@
     }
     follow(root, detail, { x, y, bottom, top: box.top, left: box.left, plot, firstTime, span }, readout, width);
     return root;
+  };
+
+  // The variables that held the memory. A census at the end of a cell tells how much one grew in it; in
+  // between it is drawn as if it had grown evenly.
+  const stacked = (detail) => {
+    const times = new Map(detail.cells.map((cell) => [cell.n, cell]));
+    const grown = ([n, bytes], at) => {
+      const cell = times.get(n);
+      if (!cell || cell.start === null || at <= cell.start) return 0;
+      const end = cell.end === null ? detail.wall || cell.start : cell.end;
+      return at >= end ? bytes : (bytes * (at - cell.start)) / (end - cell.start);
+    };
+    const growth = (detail.memory_use && detail.memory_use.growth) || [];
+    return growth.map((holder) => ({ name: holder.name, at: (time) => holder.cells.reduce((sum, each) => sum + grown(each, time), 0) }));
+  };
+
+  const band = (run, layers, n, x, y) => {
+    // What the kernel says never exceeds what was measured.
+    const sum = (time, most, count) => Math.min(most, layers.slice(0, count).reduce((total, layer) => total + layer.at(time), 0));
+    const edge = (count) => run.map(([time, memory]) => `${x(time).toFixed(1)},${y(sum(time, memory, count)).toFixed(1)}`);
+    return `M${[...edge(n + 1), ...edge(n).reverse()].join(" L")} Z`;
   };
 
   const runs = (seconds, memory) => {

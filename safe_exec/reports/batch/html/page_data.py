@@ -28,6 +28,8 @@ LINE_WIDTH = 300
 USUAL_WIDTH = 60
 """The average length of a line from which fewer lines are shown."""
 MOST_CULPRITS = 20
+# The page has so many colours for them.
+MOST_STACKED = 4
 MOST_HOLDERS = 8
 MOST_CELLS = 300
 MOST_FRAMES = 50
@@ -282,12 +284,18 @@ def _crash(crash: CrashCell, verdict: Verdict, source: Placed | None) -> dict[st
     return {
         "n": crash.code_index + 1,
         "moment": common.moment(verdict),
-        # The time of each line, by its number.
-        "times": profile.line_times(verdict, crash.code_index),
+        "costs": _line_costs(verdict, crash.code_index),
         "source": code(
             source.source if source is not None else None, crash.source_line, crash.line, MOST_LINES
         ),
     }
+
+
+def _line_costs(verdict: Verdict, code_index: int) -> dict[int, list[str]]:
+    """Return the time of each line of a cell and the memory that it allocated, by its number."""
+    times = profile.line_times(verdict, code_index)
+    sizes = memory.line_sizes(verdict.memory, code_index)
+    return {line: [times.get(line, ""), sizes.get(line, "")] for line in {*times, *sizes}}
 
 
 def _culprits(verdict: Verdict, sources: dict[int, Placed]) -> dict[str, Any] | None:
@@ -301,7 +309,7 @@ def _culprits(verdict: Verdict, sources: dict[int, Placed]) -> dict[str, Any] | 
         "figures": culprits.figures(search),
         "all": [culprit.code_index + 1 for culprit in search.cells],
         "cells": [
-            _culprit(culprit, first, sources.get(culprit.index))
+            _culprit(culprit, first, sources.get(culprit.index), verdict)
             # The last culprits are closest to the crash.
             for culprit in search.cells[-MOST_CULPRITS:]
         ],
@@ -326,6 +334,15 @@ def _memory_use(verdict: Verdict) -> dict[str, Any] | None:
             for holder in use.holders[:MOST_HOLDERS]
         ],
         "others": memory.rest_lines(use),
+        # The growth of the largest holders by cell, which the chart stacks.
+        "growth": [
+            {
+                "name": memory.holder_name(holder),
+                "cells": [[growth.code_index + 1, growth.bytes] for growth in holder.growth],
+            }
+            for holder in use.holders
+            if holder.name is not None and holder.growth
+        ][:MOST_STACKED],
         "lines": [
             {
                 "name": memory.site_name(line.code_index, line.line, line.function),
@@ -339,8 +356,11 @@ def _memory_use(verdict: Verdict) -> dict[str, Any] | None:
     }
 
 
-def _culprit(culprit: Culprit, first: Culprit | None, source: Placed | None) -> dict[str, Any]:
+def _culprit(
+    culprit: Culprit, first: Culprit | None, source: Placed | None, verdict: Verdict
+) -> dict[str, Any]:
     return {
+        "costs": _line_costs(verdict, culprit.code_index),
         "n": culprit.code_index + 1,
         "role": culprit.role.value,
         "note": culprits.note(culprit),
