@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.census import CENSUS, growing_cells
 from benchmarks.measure import demand, execute, in_turns, notebook, timed, write_notebook
 from benchmarks.peers import BIN, NBCLIENT, OURS, PROFILE, loop_of, nbclient, ours, warm_up
 from benchmarks.sections import PRINTS, RAISED, death, long_cells
@@ -104,6 +105,19 @@ def _deaths(folder: Path, rounds: int) -> list[float]:
     return [statistics.median(found)]
 
 
+def _census(folder: Path, rounds: int) -> list[float]:
+    """Processor time of a kernel whose memory grows, with its censuses and without any."""
+    path = notebook(folder, *growing_cells())
+    out = path.with_name("out.ipynb")
+    options = (*PROFILE, "--memory", "2G", "-q", str(path), "-o", str(out))
+    takers = {
+        mode: lambda mode=mode: [_told(path, [sys.executable, str(CENSUS), mode, "run", *options])]
+        for mode in ("on", "off")
+    }
+    taken = in_turns(rounds, takers)
+    return [on / off for (on,), (off,) in zip(taken["on"], taken["off"], strict=True)]
+
+
 # Processor time in a cell, not wall time: a print costs what it costs on a busy machine too.
 _PRINTS = PRINTS.replace("perf_counter", "thread_time")
 
@@ -141,6 +155,8 @@ RATIOS = (
         noise=0.35,
         measure=lambda f, n: _paired(f, n, [FLOOD], _processor, *RAISED),
     ),
+    # The promise is 2 %, whatever was recorded; the rest is the noise of a busy machine.
+    Ratio(name="census, processor time", rounds=9, noise=0.02, measure=_census),
     Ratio(name="from a death to the verdict", rounds=3, noise=2.0, measure=_deaths),
 )
 

@@ -575,9 +575,7 @@ def _run_child(
             cgroupfs.write(path, "0")
         _die_with_keeper(keeper_pid)
         if plan.tracer is not None:
-            # Under Yama a process is traced by its ancestors only (ptrace_scope 1), unless it
-            # names another. The relation survives execve(2). Elsewhere this call fails.
-            ctypes.CDLL(None).prctl(PR_SET_PTRACER, plan.tracer)
+            _allow_tracer(plan.tracer)
         if bubblewrap is not None:
             bubblewrap.execute(command, ends)
         argv, _ = child.place_descriptors(command.argv, ends.stderr, ends.kernel)
@@ -585,6 +583,15 @@ def _run_child(
     except BaseException as error:  # noqa: BLE001 - reported to the keeper
         child.report_failure(ends.error, "sandbox", error)
     child.run(command, keeper_pid, ends.error)
+
+
+def _allow_tracer(pid: int) -> None:
+    """Let a process and its descendants read the memory of this one, also under Yama."""
+    # Under Yama a process is traced by its ancestors only (ptrace_scope 1), unless it names
+    # another. The relation survives execve(2), but a fork has none: inside bubblewrap the owner of
+    # its user namespace may trace (Documentation/admin-guide/LSM/Yama.rst, user_namespaces(7)).
+    # Without Yama this call fails, and nothing is needed.
+    ctypes.CDLL(None).prctl(PR_SET_PTRACER, pid)
 
 
 def _enter_mounts(plan: Spawn) -> None:

@@ -230,3 +230,36 @@ def test_a_hostile_object_is_measured_and_not_called(tmp_path: Path) -> None:
     memory = outcome.verdict["memory"]
     assert [row["name"] for row in memory["holders"][:2]] == ["rows", "trap"]
     assert not (tmp_path / "called").exists()
+
+
+# Before each cell its start, as processor time of the kernel; behind it its end: in between lies
+# the census.
+VAST = [
+    "import gc, time\ngaps = []\nend = time.process_time()",
+    "gaps.append(time.process_time() - end)\n"
+    "for number in range(100_000): globals()[f'name{number}'] = [number]\n"
+    "end = time.process_time()",
+    "gaps.append(time.process_time() - end)\n"
+    "gc.disable()\nouter = []\n"
+    "for _ in range(400_000):\n"
+    "    ring = [outer]\n    ring.append([ring, 0.5])\n    outer.append(ring)\n"
+    "end = time.process_time()",
+    "gaps.append(time.process_time() - end)\nprint(max(gaps))\nend = time.process_time()",
+    "bytearray(1 << 60)",
+]
+
+
+def test_a_hundred_thousand_names_and_a_million_objects_in_cycles_stay_in_the_budget(
+    tmp_path: Path,
+) -> None:
+    path = make_notebook(tmp_path / "nb.ipynb", *VAST)
+    outcome = run_notebook(path, "--memory", "320M", "--no-bisect")
+    assert outcome.verdict["cause"]["kind"] == "memory_error"
+    memory = outcome.verdict["memory"]
+    assert not memory["complete"]
+    assert memory["attributed_bytes"] + (memory["native_bytes"] or 0) <= memory["peak_bytes"]
+    # The names of the rings and their elements, or the many names: whichever it had time for.
+    assert all(holder["bytes"] <= memory["peak_bytes"] for holder in memory["holders"])
+    # 50 ms is the most for a census; a step of the walk may take longer.
+    gap = float(outcome.notebook.cells[-2].outputs[0].text)
+    assert gap < 0.5
