@@ -236,14 +236,18 @@ def test_a_hostile_object_is_measured_and_not_called(tmp_path: Path) -> None:
 # the census.
 VAST = [
     "import gc, time\ngaps = []\nend = time.process_time()",
-    "gaps.append(time.process_time() - end)\n"
-    "for number in range(100_000): globals()[f'name{number}'] = [number]\n"
-    "end = time.process_time()",
-    "gaps.append(time.process_time() - end)\n"
-    "gc.disable()\nouter = []\n"
-    "for _ in range(400_000):\n"
-    "    ring = [outer]\n    ring.append([ring, 0.5])\n    outer.append(ring)\n"
-    "end = time.process_time()",
+    (
+        "gaps.append(time.process_time() - end)\n"
+        "for number in range(100_000): globals()[f'name{number}'] = [number]\n"
+        "end = time.process_time()"
+    ),
+    (
+        "gaps.append(time.process_time() - end)\n"
+        "gc.disable()\nouter = []\n"
+        "for _ in range(400_000):\n"
+        "    ring = [outer]\n    ring.append([ring, 0.5])\n    outer.append(ring)\n"
+        "end = time.process_time()"
+    ),
     "gaps.append(time.process_time() - end)\nprint(max(gaps))\nend = time.process_time()",
     "bytearray(1 << 60)",
 ]

@@ -13,13 +13,30 @@ import pytest
 import safe_exec.workflows.retry
 from safe_exec import api
 from safe_exec.cli import batch
+from safe_exec.cli.options.job import JobOptions, job_of
 from safe_exec.integrations import pytest_plugin
+from tests.support import make_notebook
+
+
+class StopError(Exception):
+    """Ends the command before it runs anything."""
 
 
 @pytest.mark.parametrize("arguments", [(), ("--locals",)])
-def test_batch(arguments: tuple[str, ...]) -> None:
-    context = batch.command.make_context("batch", ["nb.ipynb", *arguments])
-    assert batch._template(context.params, 1).with_locals is bool(arguments)
+def test_batch(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: list[bool] = []
+
+    def note(options: JobOptions, _jobs: int) -> None:
+        given.append(job_of(Path(), options).with_locals)
+        raise StopError
+
+    monkeypatch.setattr(batch, "_template", note)
+    path = make_notebook(tmp_path / "nb.ipynb", "1")
+    with pytest.raises(StopError):
+        batch.command.main(
+            [str(path), f"--out={tmp_path / 'out'}", *arguments], standalone_mode=False
+        )
+    assert given == [bool(arguments)]
 
 
 def test_python(monkeypatch: pytest.MonkeyPatch) -> None:
