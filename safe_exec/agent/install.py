@@ -8,6 +8,7 @@ from .cells import patch_shell
 from .commands import patch_commands
 from .shutdown import patch_shutdown
 from .errors import patch_errors
+from .forks import patch_forks
 from .faults import arm, watch, watch_handler
 from .interrupts import patch_interrupts
 from .lazy_imports import patch_client, patch_collector, patch_debugger
@@ -17,6 +18,8 @@ from .sampler import sample_forever
 from .threads import patch_threads
 
 PARTS = (
+    # First: it replaces what the others wrap.
+    patch_forks,
     patch_client,
     patch_debugger,
     patch_collector,

@@ -157,6 +157,8 @@ class Launch(Struct, frozen=True, kw_only=True):
     # Takes more time for each census of the memory.
     thorough: bool = False
     coverage: CoverageFile | None = None
+    # Answers the culprit search in forks of itself.
+    forks: bool = False
 
     def __repr__(self) -> str:
         # Without the environment and the key: both are secrets.
@@ -301,6 +303,7 @@ def begin_launch(sandbox: Sandbox, request: Launch) -> LaunchedKernel:
             strict_shell=request.strict_shell,
             thorough=request.thorough,
             coverage=request.coverage,
+            forks=request.forks,
         ),
         coverage=request.coverage,
     )
@@ -452,12 +455,13 @@ def inside_config(
     strict_shell: bool = False,
     thorough: bool = False,
     coverage: CoverageFile | None = None,
+    forks: bool = False,
 ) -> dict[str, object]:
     """The agent's settings.
 
     The agent cuts output at its caps only if the client ``marks`` the missing part. With
     ``strict_shell`` a failing ``!command`` raises. ``thorough``: the run only looks for the holders
-    of memory, and a census may take longer.
+    of memory, and a census may take longer. ``forks``: the kernel runs no cells itself.
     """
     cap = limits.cell_output if marks else None
     cut = None if cap is None else cap + MESSAGE_SLACK
@@ -469,4 +473,5 @@ def inside_config(
         "memory": limits.memory,
         "thorough": thorough,
         "coverage": None if coverage is None else asdict(coverage.settings),
+        "forks": forks,
     }

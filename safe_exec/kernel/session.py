@@ -32,6 +32,7 @@ from safe_exec.kernel.channel import Channel
 from safe_exec.kernel.children import ChildHistory
 from safe_exec.kernel.connection import Address, ConnectFailed, Connection, connect
 from safe_exec.kernel.coverage_file import CoverageFile
+from safe_exec.kernel.fork_channel import RootHandover
 from safe_exec.kernel.input_answers import InputAnswers
 from safe_exec.kernel.installed_kernels import installed_kernels
 from safe_exec.kernel.late_text import LateText
@@ -115,6 +116,7 @@ class KernelSession:
         with_locals: bool = False,
         allocations: AllocationFile | None = None,
         coverage: CoverageFile | None = None,
+        forks: RootHandover | None = None,
     ) -> None:
         self._reads_native, self._with_locals = reads_native, with_locals
         self.native: native_stack.NativeReading | None = None
@@ -125,6 +127,8 @@ class KernelSession:
         # Only in a trial that looks for the holders of memory.
         self.allocations = allocations
         self._coverage = coverage
+        # Only in a kernel that answers the culprit search in forks.
+        self.forks = forks
         # Answers to `input()`; without them a headless kernel declines to ask.
         self.answers = answers
         self._answering: asyncio.Task[None] | None = None
@@ -192,6 +196,7 @@ class KernelSession:
                 strict_shell=self._strict_shell,
                 thorough=self.allocations is not None,
                 coverage=self._coverage,
+                forks=self.forks is not None,
             )
             # Building a sandbox blocks, and other runs share this event loop.
             launched = await _run_in_thread(partial(launch, self.sandbox, request))
@@ -204,6 +209,8 @@ class KernelSession:
             self.provisioner.adopt(launched)
             if self.allocations is not None and launched.instrumented:
                 self.allocations.send(launched.channels.facts)
+            if self.forks is not None and launched.instrumented:
+                self.forks.send(launched.channels.facts)
         else:
             await self._start_by_jupyter(km, cwd, env)
         self._watch()

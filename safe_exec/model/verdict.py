@@ -253,6 +253,10 @@ class Culprits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     seconds: Amount
     # The trials whose hang was recognised before the cell's time was up.
     recognised: Count = 0
+    # The answers that were found in forks of a live kernel; they count as no trials.
+    forked: Count = 0
+    # Why there were no such answers, or not from all states of the notebook.
+    fork_note: str | None = None
     # How often a run from scratch contradicted an answer that was found in a quicker way.
     disagreements: Count = 0
     # The endings of those runs: passed, or the kind of the cause.

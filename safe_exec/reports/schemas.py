@@ -26,7 +26,7 @@ OPTIONAL: Mapping[str, frozenset[str]] = {
     "NotebookSummary": frozenset({"machine", "losses"}),
     "Frame": frozenset({"source_line"}),
     "Isolation": frozenset({"repository", "show"}),
-    "Culprits": frozenset({"endings", "recognised", "disagreements"}),
+    "Culprits": frozenset({"endings", "recognised", "forked", "fork_note", "disagreements"}),
     "CellRecord": frozenset({"reason"}),
     "Usage": frozenset({"memory_upper_bound"}),
 }
@@ -57,6 +57,8 @@ DESCRIPTIONS: Mapping[str, Mapping[str, str]] = {
         "look_first": "The index of the cell that a person should read first.",
         "trials": "Kernels that were started for the search.",
         "cached": "Trials that an earlier search had run.",
+        "forked": "Answers that were found in forks of a live kernel.",
+        "fork_note": "Why there were no such answers, or not from all states of the notebook.",
         "reproduced": "How often of how many times it happened again.",
         "endings": "How these runs ended: passed, or the kind of the cause, with the number of runs.",
         "seconds": "Wall time of the search.",

@@ -22,6 +22,7 @@ from safe_exec.trial.metrics import MetricsRecorder
 if TYPE_CHECKING:
     from safe_exec.kernel.allocation_file import AllocationFile
     from safe_exec.kernel.coverage_file import CoverageFile
+    from safe_exec.kernel.fork_channel import RootHandover
     from safe_exec.kernel.prestart import PrestartedKernel
 
 
@@ -95,6 +96,8 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
     allocations: AllocationFile | None = None
     # Records which lines of library code run; not for the trials of a search.
     coverage: CoverageFile | None = None
+    # For a kernel that runs no cells itself, but answers the culprit search in forks.
+    forks: RootHandover | None = None
     # Answers to `input()`; None: it raises.
     stdin_lines: tuple[str, ...] | None = None
     # Cells that may raise, as if they had nbclient's tag for it.

@@ -40,6 +40,7 @@ class TrialState:
             strict_shell=request.strict_shell,
             allocations=request.allocations,
             coverage=request.coverage,
+            forks=request.forks,
             answers=None if request.stdin_lines is None else InputAnswers(request.stdin_lines),
             # A search only asks whether the kernel dies.
             reads_native=not request.hasty,

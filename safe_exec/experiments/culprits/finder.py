@@ -122,7 +122,7 @@ class Investigation:
             )
         )
         result = await self.drive(search(problem), self.ask_cells)
-        if self.oracle.disagreements:
+        if self.oracle.misled:
             # Runs to the end decide: search again, with nothing but them.
             result = await self.drive(search(self.problem()), self.ask_cells)
         observed = await self.observe(result)
@@ -249,11 +249,11 @@ class Investigation:
         ask_oracle: Callable[[Query], Awaitable[Reply]],
     ) -> _Result:
         """Answer the search's queries until it returns; Ctrl-C keeps the best result so far."""
-        disagreements = self.oracle.disagreements
+        misled_before = self.oracle.misled
 
         def cancellation() -> SearchCancelled | None:
             signals = self.oracle.subject.request.cancellation.signals
-            contradicted = self.oracle.disagreements > disagreements
+            contradicted = self.oracle.misled and not misled_before
             return SearchCancelled() if signals or contradicted else None
 
         return await drive(searching, ask_oracle, cancellation=cancellation)
@@ -397,11 +397,13 @@ class Investigation:
         return Culprits(
             cells=cells,
             minimal=result.minimal,
-            method=result.method,
+            method=f"{result.method}, forks" if self.oracle.forked else result.method,
             look_first=look_first(culprit_set, cells, self.growth(memory)) if cells else None,
             trials=self.oracle.trials,
             cached=self.oracle.cached,
             recognised=self.oracle.recognised,
+            forked=self.oracle.forked,
+            fork_note=self.oracle.fork_note,
             disagreements=self.oracle.disagreements,
             reproduced=result.reproduced,
             endings=result.endings,
@@ -427,6 +429,11 @@ class Investigation:
         if self.oracle.is_recognised_only(result.cells):
             warnings.append(
                 "the hang of the culprits was recognised, and no run up to the timeout confirmed "
+                "it: the budget of the search was too small"
+            )
+        if self.oracle.is_forked_only(result.cells):
+            warnings.append(
+                "the culprits failed in a fork of a live kernel, and no run from scratch confirmed "
                 "it: the budget of the search was too small"
             )
         others = self.oracle.others + (Counter() if result.several_forms else self.oracle.forms)

@@ -75,6 +75,8 @@ class _Tally(Struct):
     fails: int = 0
     others: int = 0
     forms: int = 0
+    # The runs among them that were none from scratch, all of which failed.
+    quick: int = 0
     endings: Counter[str] = field(default_factory=Counter)
 
 
@@ -173,9 +175,10 @@ class _Searcher:
     def count(self, cells: frozenset[int], reply: Reply) -> bool:
         """Count a run; whether it failed."""
         tally = self.tallies.setdefault(cells, _Tally())
-        tally.endings[reply.ended] += 1
+        tally.endings[reply.ended] += reply.from_scratch
         failed = reply.answer is Outcome.FAIL or (self.several_forms and reply.another_form)
         tally.fails += failed
+        tally.quick += failed and not reply.from_scratch
         tally.others += not failed
         tally.forms += reply.another_form and not failed
         if tally.forms and (tally.fails or cells == self.all):
@@ -549,10 +552,10 @@ def search(problem: Problem) -> Search:
         cells=tuple(sorted(best)) if best is not None and tally.fails else (),
         minimal=minimal,
         stopped=stopped,
-        reproduced=(tally.fails, tally.fails + tally.others),
+        reproduced=(tally.fails - tally.quick, tally.fails + tally.others - tally.quick),
         method=_method(searcher),
         dynamic_deps=frozenset(best or ()) - problem.slice if tally.fails else frozenset(),
-        endings=dict(tally.endings),
+        endings=dict(+tally.endings),
         several_forms=searcher.several_forms,
     )
 

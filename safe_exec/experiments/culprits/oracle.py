@@ -4,7 +4,8 @@ Trials are independent of each other. Each gets the folder as it was before the 
 kernel, sandbox, control group, /dev/shm and /tmp, and the original limits. Each cell gets a
 deadline derived from its earlier run time: a cell that hangs because another one is missing must
 not cost the whole cell timeout. A hang that is searched for is recognised by its picture, except by
-a trial that confirms. Answers are cached under everything that they depend on.
+a trial that confirms. Where forks of a live kernel can tell the failure, they answer first
+(``forks.py``). Answers of trials are cached under everything that they depend on.
 
 May import trial, notebook, sandbox and the pure parts of this package.
 """
@@ -27,6 +28,8 @@ from safe_exec.cache import key_of
 from safe_exec.diagnosis.verdict import without_plumbing
 from safe_exec.experiments.culprits import failure as failures
 from safe_exec.experiments.culprits.failure import TIMES, Failure
+from safe_exec.experiments.culprits.fork_answers import ForkAnswer
+from safe_exec.experiments.culprits.forks import Forks
 from safe_exec.experiments.culprits.hang import HangPicture, seconds_until_recognised
 from safe_exec.experiments.culprits.protocol import PASSED, Outcome, Query, Reply
 from safe_exec.experiments.rerun import (
@@ -139,11 +142,18 @@ class Oracle:
         self.disagreements = 0
         self.recognises = True
         self._recognised_sets: set[tuple[int, ...]] = set()
+        # The answers that came from forks, and the sets that failed in one; whether such an answer,
+        # or a recognised hang, has led the search astray.
+        self.forked = 0
+        self.misled = False
+        self._forked_sets: set[tuple[int, ...]] = set()
+        self._forks = Forks(subject, workspaces)
         self._folder = workspaces.snapshot.fingerprint()
         self._next: _Started | None = None
 
     async def close(self) -> None:
-        """End the kernel that was started for a query that never came."""
+        """End the kernel that was started for a query that never came, and that of the forks."""
+        await self._forks.close()
         started, self._next = self._next, None
         if started is not None:
             await started.trial.discard()
@@ -162,9 +172,13 @@ class Oracle:
         if entry is not None:
             self.cached += 1
             return _from_cache(entry)
+        start_time = time.monotonic()
+        forked = None if query.fresh or node is not None else await self._ask_fork(query)
+        if forked is not None and self._is_believed(forked):
+            return self._from_fork(query, forked, time.monotonic() - start_time)
         self.trials += 1
-        answered, keep = await self._run(query, node, crash)
-        self._compare(query, answered.reply)
+        answered, keep = await self._run(query, node, crash, start_time)
+        await self._compare(query, answered.reply, forked)
         if keep and self.cache is not None:
             self.cache.put(key, _to_cache(answered))
         return answered
@@ -202,22 +216,67 @@ class Oracle:
         """Tell whether the hang of a set was recognised and never confirmed by a run to the end."""
         return cells in self._recognised_sets
 
-    def _compare(self, query: Query, reply: Reply) -> None:
-        """Compare a run to the end with an earlier one whose hang was recognised."""
-        if not query.fresh or reply.cut or query.cells not in self._recognised_sets:
+    def is_forked_only(self, cells: tuple[int, ...]) -> bool:
+        """Tell whether a set failed in a fork, and never in a run from scratch."""
+        return cells in self._forked_sets
+
+    @property
+    def fork_note(self) -> str | None:
+        """Why there were no answers from forks, or not from all states."""
+        return self._forks.note
+
+    async def _ask_fork(self, query: Query) -> ForkAnswer | None:
+        answer = await self._forks.answer(query.cells, query.time_budget)
+        if self._forks.is_running:
+            # The result is confirmed from scratch: that kernel can start meanwhile.
+            await self._start_next()
+        return answer
+
+    def _is_believed(self, answer: ForkAnswer) -> bool:
+        """Tell whether an answer from a fork counts without a trial from scratch."""
+        # Before any run has failed in a fork, nobody knows whether this failure can.
+        return self._forks.has_failed or bool(answer.names)
+
+    def _from_fork(self, query: Query, answer: ForkAnswer, seconds: float) -> AnsweredQuery:
+        self.forked += 1
+        if answer.outcome is Outcome.FAIL:
+            self._forked_sets.add(query.cells)
+        reply = Reply(
+            answer=answer.outcome,
+            seconds=min(seconds, query.time_budget),
+            stopped_at=answer.stopped_at,
+            names=answer.names,
+            ended=answer.ended,
+            from_scratch=False,
+        )
+        return AnsweredQuery(reply=reply, happened=answer.ended)
+
+    async def _compare(self, query: Query, reply: Reply, forked: ForkAnswer | None) -> None:
+        """Compare a run from scratch and to the end with what was found in a quicker way."""
+        if reply.cut:
             return
-        self._recognised_sets.discard(query.cells)
-        if reply.answer is not Outcome.FAIL and not reply.another_form:
+        fails = reply.answer is Outcome.FAIL or reply.another_form
+        if forked is not None and fails != (forked.outcome is Outcome.FAIL):
+            self.disagreements += 1
+            await self._forks.end("a run from scratch ended in another way")
+        if not query.fresh:
+            return
+        if query.cells in self._recognised_sets and not fails:
             # The cell is slow and does not hang: what looks the same here is not the same.
             self.disagreements += 1
-            self.recognises = False
+            self.recognises, self.misled = False, True
+        if query.cells in self._forked_sets and not fails:
+            self.disagreements += 1
+            self.misled = True
+            await self._forks.end("a run from scratch ended in another way")
+        self._recognised_sets.discard(query.cells)
+        self._forked_sets.discard(query.cells)
 
     # --- one trial --------------------------------------------------------------------------------
 
     async def _run(
-        self, query: Query, other: Any | None, crash: int | None
+        self, query: Query, other: Any | None, crash: int | None, start_time: float
     ) -> tuple[AnsweredQuery, bool]:
-        start_time = time.monotonic()
         # Take the prestarted kernel, so that its sandbox is never used twice.
         started, self._next = self._next or self._start(), None
         request = self._request(started.request, query, other)

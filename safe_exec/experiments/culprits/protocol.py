@@ -75,6 +75,9 @@ class Reply(Struct, frozen=True, kw_only=True):
     another_form: bool = False
     # The cause kind of the ending, or PASSED.
     ended: str = ""
+    # Found in a quicker way than by a run from scratch to the end: it counts for the search, and
+    # not among the runs that show how often a set fails.
+    from_scratch: bool = True
     # The line in the crash cell, and whether it is known exactly: not from a sample.
     line: int | None = None
     exact_line: bool = False

@@ -70,9 +70,10 @@ def figures(search: Culprits) -> str:
     if checked and len(search.endings.keys() - {PASSED}) > 1:
         checked += f" ({endings(search)})"
     cached_trials = f" + {search.cached} cached" if search.cached else ""
+    forks = f" + {common.counted(search.forked, 'fork')}" if search.forked else ""
     parts = (
         checked,
-        f"{common.counted(search.trials, 'trial')}{cached_trials}",
+        f"{common.counted(search.trials, 'trial')}{forks}{cached_trials}",
         format_seconds(search.seconds),
     )
     return common.SEPARATOR.join(part for part in parts if part)

@@ -81,6 +81,25 @@ def culprits(*cells: int) -> Says:
     return lambda asked: Outcome.FAIL if asked >= set(cells) else Outcome.PASS
 
 
+def test_answers_found_in_a_quicker_way_are_confirmed_and_not_counted_as_runs() -> None:
+    def quick(asked: Cells) -> Reply:
+        failed = asked >= {1, 3}
+        return Reply(
+            answer=Outcome.FAIL if failed else Outcome.PASS,
+            seconds=0.1,
+            ended="segfault" if failed else "passed",
+            from_scratch=False,
+        )
+
+    def says(query: Query) -> Reply:
+        reply = quick(frozenset(query.cells))
+        return replace(reply, seconds=1.0, from_scratch=True) if query.fresh else reply
+
+    result = drive_sync(search(Problem(cells=(0, 1, 2, 3), slice=cells_of(1, 3))), says)
+    assert (result.cells, result.minimal) == ((1, 3), True)
+    assert (result.reproduced, result.endings) == ((1, 1), {"segfault": 1})
+
+
 def stops(requires: Mapping[int, Cells]) -> Callable[[Cells], int | None]:
     """At which cell a run ends, when cells need others before them."""
     return lambda asked: next(

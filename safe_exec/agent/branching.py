@@ -1,0 +1,175 @@
+"""Tells whether the state of a process survives a fork, from what the system knows of it.
+
+Only the forking thread lives on in a child. Open files share their offset with it, timers are lost,
+and libraries with threads or devices of their own fail or hang.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+
+# They hang or abort in a child once they have been used, or hold a device.
+UNFORKABLE = ("torch", "jax", "jaxlib", "polars", "tensorflow", "cupy", "nest_asyncio", "pyspark")
+LIBRARIES = ("libcuda", "libnvidia", "libtpu", "libjvm")
+# Their library has them start again in a child: jemalloc (background_thread_postfork_child), which
+# pyarrow brings along.
+RENEWED_THREADS = ("jemalloc_bg_thd",)
+# More files than that take too long to look at after each run.
+MOST_FILES = 20_000
+# Python writes bytecode when a module is imported; no cell reads it.
+BYTECODE = "__pycache__"
+HARMLESS = (os.devnull, "/dev/zero", "/dev/random", "/dev/urandom")
+
+
+class OwnState:
+    """The descriptors and shared mappings of a process that are not the notebook's."""
+
+    def __init__(self, descriptors, mappings):
+        self.descriptors, self.mappings = descriptors, mappings
+
+
+def inherited_state(channel):
+    """Return what the process has now: a fork does not add to what its parent had."""
+    return OwnState(descriptors() - {channel}, shared_mappings())
+
+
+def descriptors():
+    """Return the open descriptors."""
+    numbers = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            os.fstat(int(name))
+        except OSError:
+            # The one by which the directory was read.
+            continue
+        numbers.add(int(name))
+    return numbers
+
+
+def shared_mappings():
+    """Return the mappings whose content a parent and its child share (proc(5))."""
+    with open("/proc/self/maps") as file:
+        return {line.split(None, 5)[0] for line in file if line.split(None, 2)[1][3] == "s"}
+
+
+def threads():
+    """Return the number of threads of the process that a fork would miss, Python's or not."""
+    count = 0
+    for task in os.listdir("/proc/self/task"):
+        try:
+            with open("/proc/self/task/{}/comm".format(task)) as file:
+                count += file.read().strip() not in RENEWED_THREADS
+        except OSError:
+            # It has just ended.
+            continue
+    return count
+
+
+def why_not_branchable(own, loop, channel):
+    """Return why the process should not be forked, in a few words; empty if it may be.
+
+    Threads are to be counted after a fork: some libraries end theirs when one is made.
+    """
+    checks = (
+        lambda: next((name for name in UNFORKABLE if name in sys.modules), ""),
+        library,
+        lambda: "child processes" if has_children() else "",
+        lambda: "a timer" if has_timer() else "",
+        lambda: "asyncio tasks" if asyncio.all_tasks(loop) or loop._scheduled else "",
+        lambda: "sub-interpreters" if has_interpreters() else "",
+        lambda: open_files(own, loop, channel),
+        lambda: "shared memory" if shared_mappings() - own.mappings else "",
+    )
+    for check in checks:
+        reason = check()
+        if reason:
+            return reason
+    return ""
+
+
+def library():
+    """Return a loaded library that does not survive a fork."""
+    with open("/proc/self/maps") as file:
+        text = file.read()
+    return next((name for name in LIBRARIES if "/" + name in text), "")
+
+
+def has_children():
+    """Tell whether the process has a child, or one whose end nobody has taken note of."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def has_timer():
+    """Tell whether a timer of setitimer(2) or alarm(2) is running."""
+    timers = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
+    return any(signal.getitimer(timer)[0] for timer in timers)
+
+
+def has_interpreters():
+    """Tell whether the notebook made an interpreter beside the main one."""
+    # Until Python 3.12 the module has another name.
+    module = sys.modules.get("_interpreters") or sys.modules.get("_xxsubinterpreters")
+    return module is not None and len(module.list_all()) > 1
+
+
+def open_files(own, loop, channel):
+    """Return a word for a descriptor that the notebook opened."""
+    # The loop's own: each process that runs cells makes itself a new one.
+    ours = {channel, loop._selector.fileno(), loop._ssock.fileno(), loop._csock.fileno()}
+    for fd in sorted(descriptors() - own.descriptors - ours):
+        target = os.readlink("/proc/self/fd/{}".format(fd))
+        if target not in HARMLESS:
+            return "an open " + target.partition(":")[0] if target[:1] != "/" else "an open file"
+    return ""
+
+
+def files_in(folders, unwatched):
+    """Return the size and time of every file in some folders; ``None`` if there are too many.
+
+    What is mounted in them belongs to others, who may change it at any time.
+    """
+    files = {}
+    mounted = mount_points()
+    waiting = list(folders)
+    while waiting:
+        waiting += look_at(waiting.pop(), mounted, unwatched, files)
+        if len(files) > MOST_FILES:
+            return None
+    return files
+
+
+def mount_points():
+    """Return the paths at which file systems or parts of them are mounted (proc(5))."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        return {line.split(None, 5)[4].replace("\\040", " ") for line in file}
+
+
+def look_at(folder, mounted, unwatched, files):
+    """Add the files of one folder to ``files``; return the folders in it."""
+    below = []
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        # It has been removed, or is not for us to read.
+        return below
+    for entry in entries:
+        # In a run's own directory lie the kernel's sockets, and perhaps a folder to watch.
+        is_ours = entry.path.startswith(unwatched) and not folder.startswith(unwatched)
+        try:
+            status = entry.stat(follow_symlinks=False)
+        except OSError:
+            continue
+        if is_ours or entry.name == BYTECODE or entry.path in mounted:
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            # Its time changes when bytecode is written.
+            files[entry.path] = None
+            below.append(entry.path)
+        else:
+            files[entry.path] = (status.st_size, status.st_mtime_ns, status.st_ino)
+    return below

@@ -1,0 +1,309 @@
+"""Answers queries of the culprit search in forks of a live kernel.
+
+One kernel is started for the whole search. It runs no cell itself: it forks a process for each
+query, and these leave sleeping snapshots behind, from which later queries go on. So no cell runs
+twice after the same cells, unless its state does not survive a fork.
+
+An answer only says which trial comes next. Anything unusual ends the use of forks: the search then
+goes on from scratch. May import trial, kernel, sandbox and the pure parts of this package.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import nbformat
+from msgspec.structs import replace
+
+from safe_exec.experiments.culprits.fork_answers import (
+    MOST_SNAPSHOTS,
+    ForkAnswer,
+    ForkEnding,
+    answer_of,
+    can_ask,
+    cells_of_one_process,
+    cells_with_files,
+    nearest,
+    positions_to_keep,
+    seconds_allowed,
+)
+from safe_exec.experiments.culprits.protocol import Outcome
+from safe_exec.experiments.rerun import isolated_request
+from safe_exec.experiments.workspace import SHM, TMP, WorkspaceFactory
+from safe_exec.kernel.fork_channel import ForkChannel, RootHandover
+from safe_exec.kernel.launch import find_spec
+from safe_exec.sandbox.keeper_process import runtime_directory
+from safe_exec.trial.request import Cancellation, TrialRequest, TrialResult
+from safe_exec.trial.run import Trial
+
+if TYPE_CHECKING:
+    from safe_exec.experiments.culprits.oracle import Subject
+
+# A kernel that does not serve forks by then is not used for it.
+READY_SECONDS = 20.0
+# Beyond the time that a run may take, until the process that waits for it tells so.
+REPORT_SECONDS = 5.0
+# How often a signal to us is looked for.
+LOOK_SECONDS = 0.2
+CLOSE_SECONDS = 5.0
+# Runs that took too long, before forks are given up.
+MOST_LATE = 2
+# Processes that a limit must leave room for beside the snapshots: the kernel's threads, and ours.
+OTHER_PROCESSES = 48
+MOST_REASONS, LONGEST_REASON = 5, 100
+# The text of the kernel's only cell. It runs when the forks are no longer needed.
+NOTHING = "pass"
+
+
+class ForksFailed(Exception):  # noqa: N818 - the search goes on without forks
+    """The forks cannot be used any longer; the text says why."""
+
+
+class Forks:
+    """The forks of one search. ``close()`` ends the kernel that they come from."""
+
+    def __init__(self, subject: Subject, workspaces: WorkspaceFactory) -> None:
+        self._subject, self._workspaces = subject, workspaces
+        cells = subject.node.cells[: subject.failure.cell + 1]
+        self._sources = {
+            index: str(cell.source)
+            for index, cell in enumerate(cells)
+            if _is_run(cell) and index not in subject.request.skipped
+        }
+        self._with_files = cells_with_files(self._sources)
+        self._of_one_process = cells_of_one_process(self._sources)
+        # Why there are none, or no more.
+        self.ended: str | None = self._why_never()
+        # A failure was seen in a fork: then the others can be told by them too.
+        self.has_failed = False
+        # States that were not kept, since they do not survive a fork.
+        self._unbranchable: dict[str, None] = {}
+        self._late = 0
+        self._handover: RootHandover | None = None
+        self._task: asyncio.Task[TrialResult] | None = None
+        # The channels to root and snapshots, by the cells that they have run; last used last.
+        self._channels: dict[tuple[int, ...], ForkChannel] = {}
+
+    def _why_never(self) -> str | None:
+        request = self._subject.request
+        if sys.platform != "linux" or find_spec(request.kernel_name) is None:
+            return "this kind of kernel"
+        if not can_ask(self._subject.failure):
+            return "this kind of failure"
+        if request.allow_errors or request.strict_shell or request.stdin_lines is not None:
+            return "the options of the run"
+        return None
+
+    @property
+    def note(self) -> str | None:
+        """Why there were no answers, or from some moment on no more, or which states were not kept."""
+        if self.ended is not None:
+            return self.ended
+        states = ", ".join(self._unbranchable)
+        return f"states that do not survive a fork: {states}" if states else None
+
+    async def answer(self, cells: Sequence[int], time_budget: float) -> ForkAnswer | None:
+        """Run cells in a fork; ``None`` if only a trial from scratch can tell how they end."""
+        if self.ended is not None:
+            return None
+        if self._with_files & set(cells):
+            return None
+        try:
+            if self._task is None:
+                await self._start()
+            ending = await self._run([c for c in cells if c in self._sources], time_budget)
+        except ForksFailed as reason:
+            await self.end(str(reason))
+            return None
+        answer = answer_of(self._subject.failure, ending)
+        if answer is None:
+            return None
+        if answer.outcome is Outcome.FAIL:
+            self.has_failed = True
+        return answer
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there is a kernel to fork from."""
+        return self._task is not None
+
+    async def end(self, reason: str) -> None:
+        """Give up the forks for the rest of the search."""
+        self.ended = self.ended or reason
+        await self.close()
+
+    async def close(self) -> None:
+        """End all forks and the kernel that they come from."""
+        for channel in self._channels.values():
+            channel.close()
+        self._channels.clear()
+        if self._handover is not None:
+            self._handover.close()
+        task, self._task = self._task, None
+        if task is None:
+            return
+        # The kernel's cell ends when the root has ended.
+        await asyncio.wait({task}, timeout=CLOSE_SECONDS)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await task
+
+    # --- the kernel -------------------------------------------------------------------------------
+
+    async def _start(self) -> None:
+        """Start the kernel, and hand the sources to its root. Raises ForksFailed."""
+        handover = self._handover = RootHandover()
+        request = self._request(handover)
+        self._task = asyncio.create_task(Trial(request).run())
+        base, name = os.path.split(runtime_directory(request.run_id))
+        watched = dict.fromkeys((str(request.cwd), str(TMP), str(SHM)))
+        start = {"watch": list(watched), "except": [os.path.join(base, name.partition("-")[0])]}
+        channel = handover.channel
+        await channel.send(REPORT_SECONDS, **start)
+        ready = await self._receive(channel, time.monotonic() + READY_SECONDS)
+        if not ready.fields.get("files"):
+            raise ForksFailed("too many files to watch")
+        for cell, source in self._sources.items():
+            may_raise = cell in request.may_raise or "raises-exception" in self._tags(cell)
+            fields = {"cell": cell, "source": source, "may_raise": may_raise}
+            if not await channel.send(REPORT_SECONDS, **fields):
+                raise ForksFailed("a cell is too long")
+        self._channels[()] = channel
+
+    def _tags(self, cell: int) -> list[str]:
+        return list(self._subject.node.cells[cell].metadata.get("tags", []))
+
+    def _request(self, handover: RootHandover) -> TrialRequest:
+        node: Any = copy.deepcopy(self._subject.node)
+        node.cells = [nbformat.v4.new_code_cell(NOTHING)]
+        request = isolated_request(self._subject.request, self._workspaces, node=node)
+        # The search has a budget of its own, and each run in a fork its time.
+        limits = replace(request.limits, timeout=None, cell_timeout=None)
+        return replace(
+            request,
+            limits=limits,
+            cell_limits=lambda _cell: limits,
+            forks=handover,
+            cells=None,
+            skipped=frozenset(),
+            # A signal ends the trial that is running; this kernel is closed with the search.
+            cancellation=Cancellation(),
+        )
+
+    # --- one run ----------------------------------------------------------------------------------
+
+    async def _run(self, cells: list[int], time_budget: float) -> ForkEnding:
+        """Run cells in a fork of the nearest snapshot. Raises ForksFailed."""
+        prefix = nearest(self._channels, cells)
+        channel = self._channels[prefix] = self._channels.pop(prefix)
+        remaining = cells[len(prefix) :]
+        seconds = [self._subject.seconds.get(cell, 0.0) for cell in remaining]
+        allowed = seconds_allowed(seconds, time_budget)
+        keep = positions_to_keep(seconds, self._room(), self._last_to_keep(remaining))
+        if not await channel.send(REPORT_SECONDS, cells=remaining, keep=keep, seconds=allowed):
+            raise ForksFailed("a fork does not answer")
+        return await self._ending(
+            channel, tuple(cells), len(prefix), time.monotonic() + allowed + REPORT_SECONDS
+        )
+
+    def _last_to_keep(self, cells: Sequence[int]) -> int:
+        """Return the position of the first cell after which another process is not the same."""
+        return next((n for n, c in enumerate(cells) if c in self._of_one_process), len(cells) - 1)
+
+    def _room(self) -> int:
+        """Return how many snapshots the next run may leave; old ones make room for some."""
+        processes = self._subject.request.limits.processes
+        most = MOST_SNAPSHOTS
+        if processes is not None:
+            most = max(0, min(most, processes - OTHER_PROCESSES))
+        snapshots = [cells for cells in self._channels if cells]
+        for cells in snapshots[: max(0, len(snapshots) - most * 2 // 3)]:
+            self._channels.pop(cells).close()
+        return most - sum(1 for cells in self._channels if cells)
+
+    async def _ending(
+        self, channel: ForkChannel, cells: tuple[int, ...], skipped: int, deadline: float
+    ) -> ForkEnding:
+        """Follow a run to its end. Raises ForksFailed."""
+        ending = ForkEnding(cell=None, status=None)
+        while True:
+            message = await self._receive(channel, deadline)
+            fields = message.fields
+            if message.channel is not None:
+                self._add_snapshot(message.channel, cells[: skipped + _number(fields, "snapshot")])
+            if "unbranchable" in fields and len(self._unbranchable) < MOST_REASONS:
+                self._unbranchable[str(fields["unbranchable"])[:LONGEST_REASON]] = None
+            elif "begins" in fields:
+                ending = replace(ending, cell=_number(fields, "begins"))
+            elif "error" in fields:
+                ending = replace(ending, error=_error(fields))
+            elif "passed" in fields:
+                ending = replace(ending, passed=True)
+            elif "odd" in fields:
+                ending = replace(ending, odd=str(fields["odd"]))
+            elif "status" in fields:
+                return await self._finish(ending, fields)
+
+    def _add_snapshot(self, channel: ForkChannel, cells: tuple[int, ...]) -> None:
+        if cells in self._channels or len(self._channels) > MOST_SNAPSHOTS:
+            channel.close()
+        else:
+            self._channels[cells] = channel
+
+    async def _finish(self, ending: ForkEnding, fields: Mapping[str, Any]) -> ForkEnding:
+        """Judge a run whose process has ended, and whether there can be others after it."""
+        if fields.get("late"):
+            self._late += 1
+            if self._late >= MOST_LATE:
+                raise ForksFailed("runs in forks took too long")
+            return replace(ending, odd="took too long")
+        if fields.get("changed"):
+            # The run itself began with the files as they were.
+            await self.end("cells change files")
+        status = fields["status"]
+        return replace(ending, status=status if isinstance(status, int) else None)
+
+    async def _receive(self, channel: ForkChannel, deadline: float) -> Any:
+        """Return the next message. Raises ForksFailed if there is none in time, or never will be."""
+        assert self._task is not None
+        while not self._subject.request.cancellation.signals:
+            remaining = deadline - time.monotonic()
+            # Looked at before each message: a notebook can send them without end.
+            if remaining <= 0:
+                raise ForksFailed("a fork does not answer")
+            try:
+                message = await channel.receive(min(LOOK_SECONDS, remaining))
+            except TimeoutError:
+                if self._task.done():
+                    raise ForksFailed("the kernel of the forks has ended") from None
+                continue
+            if message is None:
+                raise ForksFailed("a fork has ended")
+            return message
+        raise ForksFailed("a signal")
+
+
+def _is_run(cell: Any) -> bool:
+    tagged = "skip-execution" in cell.metadata.get("tags", [])
+    return bool(cell.cell_type == "code" and cell.source.strip() and not tagged)
+
+
+def _number(fields: Mapping[str, Any], name: str) -> int:
+    value = fields.get(name)
+    if not isinstance(value, int) or value < 0:
+        raise ForksFailed("a fork tells nonsense")
+    return value
+
+
+def _error(fields: Mapping[str, Any]) -> tuple[str, str]:
+    value = fields["error"]
+    if not isinstance(value, list) or len(value) != len(("ename", "evalue")):
+        raise ForksFailed("a fork tells nonsense")
+    return str(value[0]), str(value[1])

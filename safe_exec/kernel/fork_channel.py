@@ -1,0 +1,121 @@
+"""The runner's end of the channel to the processes that the agent forks from a kernel.
+
+What comes over it is a claim: code of the notebook runs in those processes. Answers only say which
+trial the culprit search runs next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import time
+from typing import Any
+
+from msgspec import Struct
+
+MESSAGE_BYTES = 1 << 16
+MOST_DESCRIPTORS = 1
+# The agent reads a message of at most so many bytes; the system's default buffer is a bit larger.
+LONGEST_MESSAGE = 150_000
+FULL_SECONDS = 0.005
+
+
+class ForkMessage(Struct, frozen=True, kw_only=True):
+    """A message of a fork, and the channel to a snapshot that came with it."""
+
+    fields: dict[str, Any]
+    channel: ForkChannel | None
+
+
+class ForkChannel:
+    """One end of a socket whose other end a sleeping fork holds; ``close`` ends that process."""
+
+    def __init__(self, ours: socket.socket) -> None:
+        self._socket = ours
+        ours.setblocking(False)
+
+    def fileno(self) -> int:
+        """Return the descriptor, -1 once it is closed."""
+        return self._socket.fileno()
+
+    async def send(self, time_limit: float, /, **fields: Any) -> bool:
+        """Send a message; false if it is too large, or if nobody takes it in time."""
+        data = json.dumps(fields).encode()
+        if len(data) > LONGEST_MESSAGE:
+            return False
+        deadline = time.monotonic() + time_limit
+        while time.monotonic() < deadline:
+            try:
+                self._socket.send(data)
+            except BlockingIOError:
+                # The other end has not read the earlier ones yet.
+                await asyncio.sleep(FULL_SECONDS)
+            except OSError:
+                return False
+            else:
+                return True
+        return False
+
+    async def receive(self, seconds: float) -> ForkMessage | None:
+        """Return the next message; ``None`` at the end, and for one that makes no sense.
+
+        Raises TimeoutError if there is none in time.
+        """
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(self._socket.fileno(), readable.set)
+        try:
+            async with asyncio.timeout(max(0.0, seconds)):
+                await readable.wait()
+        finally:
+            loop.remove_reader(self._socket.fileno())
+        try:
+            data, fds, _, _ = socket.recv_fds(self._socket, MESSAGE_BYTES, MOST_DESCRIPTORS)
+        except OSError:
+            return None
+        channel = _channel_of(fds)
+        try:
+            fields = json.loads(data)
+        except (ValueError, RecursionError):
+            fields = None
+        if not isinstance(fields, dict):
+            if channel is not None:
+                channel.close()
+            return None
+        return ForkMessage(fields=fields, channel=channel)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+
+def _channel_of(fds: list[int]) -> ForkChannel | None:
+    for fd in fds:
+        try:
+            return ForkChannel(socket.socket(fileno=fd))
+        except OSError:
+            # No socket: the notebook sent it.
+            with contextlib.suppress(OSError):
+                os.close(fd)
+    return None
+
+
+class RootHandover:
+    """A channel to the root of the forks, before and after its other end was handed over."""
+
+    def __init__(self) -> None:
+        ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.channel = ForkChannel(ours)
+
+    def send(self, facts: socket.socket) -> None:
+        """Hand the other end over to the agent."""
+        socket.send_fds(facts, [b"forks"], [self._theirs.fileno()])
+        self._theirs.close()
+
+    def close(self) -> None:
+        """Close both ends."""
+        self._theirs.close()
+        self.channel.close()
