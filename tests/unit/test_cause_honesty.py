@@ -229,8 +229,9 @@ def memory_is_short_elsewhere(context: Context) -> bool:
     """The run's own limit did not strike: one that is lower than the other's stops the run first."""
     evidence = context.evidence
     ours = evidence.termination is TerminationReason.MEMORY
-    # A kill by the group's own limit in the same cell says that this limit struck, too.
-    by_oomd = evidence.oomd_killed and not evidence.oom_kills_cell
+    # A kill by the group's own limit, if it has one, in the same cell says that it struck, too.
+    own_kill = evidence.oom_kills_cell and context.limits.memory is not None
+    by_oomd = evidence.oomd_killed and not own_kill
     return not ours and bool(evidence.oom_elsewhere or by_oomd)
 
 
