@@ -181,7 +181,7 @@ def compare(folder: Path, recorded: Mapping[str, float]) -> tuple[list[str], dic
             if not bad:
                 break
         else:
-            complaints.append(f"{ratio.name}: {medians[ratio.name]} of nbclient's, was {was}")
+            complaints.append(f"{ratio.name}: ratio {medians[ratio.name]}, was {was}")
     return complaints, medians
 
 
