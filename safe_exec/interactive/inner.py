@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
 from nbformat.notebooknode import NotebookNode
 
 from safe_exec.errors import KernelStartError, SafeExecError, SandboxError
@@ -20,6 +21,7 @@ from safe_exec.interactive.wire import Message, NotAMessage, parse
 from safe_exec.kernel.channel import stream_content
 from safe_exec.kernel.client import LAST_TEXT_CHARACTERS, TrialClient
 from safe_exec.kernel.connection import Connection
+from safe_exec.kernel.session import SessionRequest
 from safe_exec.model.ending import Ending, InternalError, StartFailed, TerminationReason, TimedOut
 from safe_exec.model.limits import LimitName, Limits
 from safe_exec.model.verdict import CellRecord, CellStatus
@@ -72,7 +74,7 @@ class SessionCells(CellLoop):
 
     def begin(self, index: int) -> None:
         """Record the start of a cell."""
-        if self.session.volumes is not None and self._is_due():
+        if self._is_due():
             self.session.volumes.begin()
         self.metrics.begin(index, self.state.now(), self._reading_at_start())
 
@@ -91,8 +93,8 @@ class SessionCells(CellLoop):
         return {
             "reading": self._last_reading[1] if self._last_reading else None,
             "oom_kills": None,
-            "output_bytes": client.accounts.received if client else None,
-            "truncated": client.accounts.truncated if client else False,
+            "output_bytes": client.accounts.received,
+            "truncated": client.accounts.truncated,
         }
 
 
@@ -108,8 +110,7 @@ class Inner(Trial):
         on_message: Callable[[str, Message], None],
     ) -> None:
         super().__init__(request)
-        self.session.key = key.decode("utf-8", "replace")
-        self.session.arguments = arguments
+        self._key, self._arguments = key.decode("utf-8", "replace"), arguments
         self._on_message = on_message
         self._cells = SessionCells(self.state)
         self._links: dict[str, Connection] = {}
@@ -121,6 +122,10 @@ class Inner(Trial):
         self.recovered: list[dict[str, Any]] = []
 
     # --- start ------------------------------------------------------------------------------------
+
+    def session_request(self) -> SessionRequest:
+        """Return the request for a kernel with the client's key and arguments."""
+        return replace(super().session_request(), key=self._key, arguments=self._arguments)
 
     async def start(self) -> Ending | None:
         """Start the kernel and connect; an ending if it does not come up. Raises SandboxError."""
@@ -141,7 +146,6 @@ class Inner(Trial):
     @property
     def client(self) -> TrialClient:
         """The client that keeps the running cell's accounts."""
-        assert self.session.client is not None
         return self.session.client
 
     @property
@@ -412,7 +416,7 @@ class Inner(Trial):
     def close(self) -> None:
         """Kill all processes and remove the sandbox. Can be called again."""
         self._stop_sampling()
-        self.session.close()
+        super().close()
 
 
 def start_error(ending: Ending) -> SafeExecError:

@@ -234,8 +234,7 @@ class Proxy:
         if message.kind == "shutdown_request":
             # From now on the kernel's end is no death to explain.
             self._asked_to_end = True
-            if self.inner.session.sandbox is not None:
-                self.inner.session.sandbox.ask_to_end()
+            self.inner.session.sandbox.ask_to_end()
         self.inner.send(channel, peer.name, message.frames)
         if message.kind == "execute_request" and channel == "shell":
             self._begin_next()

@@ -1,4 +1,4 @@
-"""One kernel from start to end: its keeper, provisioner, manager and client.
+"""One kernel from start to end: its sandbox, provisioner, manager and client.
 
 It knows cells by index only, and no causes.
 """
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from jupyter_client.kernelspec import KernelSpec, NoSuchKernel
 from jupyter_client.manager import AsyncKernelManager
+from msgspec import Struct
 
 from safe_exec.agent import layout
 from safe_exec.errors import KernelMissingError, KernelStartError
@@ -37,7 +38,6 @@ from safe_exec.kernel.input_answers import InputAnswers
 from safe_exec.kernel.installed_kernels import installed_kernels
 from safe_exec.kernel.late_text import LateText
 from safe_exec.kernel.launch import (
-    AgentChannels,
     Launch,
     LaunchedKernel,
     extra_arguments,
@@ -100,201 +100,239 @@ class Manager(AsyncKernelManager):  # type: ignore[misc]
         self.load_connection_info(dict(launched.connection))
 
 
+class SessionRequest(Struct, frozen=True, kw_only=True):
+    """The kernel to start, its place and its limits.
+
+    ``on_limit`` is called on a watchdog's thread. ``answers`` reply to `input()`; without them a
+    headless kernel declines to ask. ``reads_native`` has the native stack read at a fatal fault,
+    ``with_locals`` with its variables. ``allocations`` only in a trial that looks for the holders
+    of memory, ``forks`` only for a kernel that answers the culprit search in forks. An interactive
+    kernel has the ``key`` of its client's connection file, and the client's ``arguments`` after its
+    command.
+    """
+
+    kernel_name: str
+    cwd: str
+    env: Mapping[str, str]
+    limits: Limits
+    plan: SpawnPlan
+    run_id: str
+    on_limit: Callable[[LimitName, float], None]
+    strict_shell: bool = False
+    answers: InputAnswers | None = None
+    reads_native: bool = False
+    with_locals: bool = False
+    allocations: AllocationFile | None = None
+    coverage: CoverageFile | None = None
+    forks: RootHandover | None = None
+    key: str | None = None
+    arguments: tuple[str, ...] = ()
+
+
+def open_sandbox(request: SessionRequest) -> Sandbox:
+    """Start the keeper. It gets ready while the notebook client is set up."""
+    return Sandbox(
+        request.run_id,
+        # The path is only computed here; the keeper makes the directory.
+        directory=Path(runtime_directory(request.run_id)),
+        delegation=request.plan.cgroup.delegation,
+    )
+
+
+ClientFactory = Callable[[Manager, asyncio.Event], "TrialClient"]
+"""Makes the notebook client, from the manager and the event of the kernel's death."""
+
+
+async def open_session(
+    request: SessionRequest,
+    sandbox: Sandbox,
+    make_client: ClientFactory,
+    launched: LaunchedKernel | None = None,
+) -> KernelSession:
+    """Start the kernel process in its sandbox, or take over the ``launched`` one.
+
+    Raises KernelStartError if the kernel is not installed or its command cannot be executed,
+    SandboxError if the sandbox cannot be built. The sandbox stays the caller's until this returns.
+    """
+    if launched is None and (spec := find_spec(request.kernel_name)) is not None:
+        launch_request = Launch(
+            spec=spec,
+            kernel_name=request.kernel_name,
+            plan=request.plan,
+            limits=request.limits,
+            cwd=request.cwd,
+            env=request.env,
+            key=request.key,
+            arguments=request.arguments,
+            strict_shell=request.strict_shell,
+            thorough=request.allocations is not None,
+            coverage=request.coverage,
+            forks=request.forks is not None,
+        )
+        # Building a sandbox blocks, and other runs share this event loop.
+        launched = await _run_in_thread(partial(launch, sandbox, launch_request))
+    km = Manager(kernel_name=request.kernel_name)
+    km.connection_file = str(Path(runtime_directory(request.run_id)) / "c.json")
+    if launched is not None:
+        km.take_on(launched)
+    provisioner = _provisioner(request, sandbox, km)
+    try:
+        forwarder_prefix = None
+        if launched is not None:
+            provisioner.adopt(launched)
+        else:
+            forwarder_prefix = await _start_by_jupyter(request, sandbox, km)
+        return KernelSession(
+            request,
+            sandbox,
+            manager=km,
+            provisioner=provisioner,
+            make_client=make_client,
+            forwarder_prefix=forwarder_prefix,
+        )
+    except BaseException:
+        provisioner.stop_watching()
+        if provisioner.channels is not None:
+            provisioner.channels.close()
+        raise
+
+
+def _provisioner(request: SessionRequest, sandbox: Sandbox, km: Any) -> SandboxProvisioner:
+    provisioner = SandboxProvisioner(
+        kernel_id=request.run_id, kernel_spec=_spec(km, request.kernel_name), parent=km
+    )
+    provisioner.on_limit = request.on_limit
+    provisioner.prepare(limits=request.limits, plan=request.plan, sandbox=sandbox)
+    provisioner.headless = request.key is None
+    provisioner.strict_shell = request.strict_shell
+    provisioner.coverage = request.coverage
+    km.provisioner = provisioner
+    return provisioner
+
+
+def _spec(km: Any, kernel_name: str) -> Any:
+    try:
+        spec = km.kernel_spec
+    except NoSuchKernel:
+        spec = None
+    if spec is None:
+        raise KernelMissingError(kernel_name, installed_kernels())
+    return spec
+
+
+async def _start_by_jupyter(request: SessionRequest, sandbox: Sandbox, km: Any) -> str | None:
+    """Start a kernel that ``find_spec`` does not support, through jupyter_client.
+
+    Returns the prefix of the forwarder's sockets for a kernel on TCP behind a network of its own.
+    """
+    sandbox.wait_ready()
+    prefix = str(Path(runtime_directory(request.run_id)) / "k")
+    forwarder_prefix = None
+    if speaks_ipc(km.kernel_spec.argv):
+        km.transport, km.ip = "ipc", prefix
+    elif request.plan.enclosed and not request.plan.isolation.network:
+        # Each network namespace has its own loopback, so a port in there cannot be reached from
+        # outside. A forwarder in there connects Unix sockets to it.
+        forwarder_prefix = prefix
+        for name, port in zip(PORTS, FORWARDED_PORTS, strict=True):
+            setattr(km, f"{name}_port", port)
+        # A copy: the manager of kernelspecs may give the same one to others.
+        spec = copy.copy(km.kernel_spec)
+        spec.argv = forwarded(spec.argv, prefix, FORWARDED_PORTS)
+        km._kernel_spec = spec  # noqa: SLF001 - the property has no setter
+    else:
+        # Ports below the range of outgoing connections: no other process gets one by chance before
+        # the kernel listens.
+        for name, port in zip(PORTS, sockets.quiet_ports(len(PORTS)), strict=False):
+            setattr(km, f"{name}_port", port)
+    if request.key is not None:
+        km.session.key = request.key.encode()
+    extra = extra_arguments(km.kernel_name) if request.key is None else list(request.arguments)
+    await km.start_kernel(cwd=request.cwd, env=dict(request.env), extra_arguments=extra)
+    return forwarder_prefix
+
+
+def _places_to_write(request: SessionRequest, sandbox: Sandbox) -> tuple[str, ...]:
+    facts = sandbox.isolation
+    home = facts.home if facts is not None else request.env.get("HOME")
+    return (os.path.realpath(request.cwd), TMP, SHM, *((home,) if home and home != "/" else ()))
+
+
 class KernelSession:
-    """A kernel inside its sandbox. ``close()`` removes everything that the session made."""
+    """A kernel process inside its sandbox, as ``open_session`` starts it.
+
+    ``connect()`` waits until it answers. ``close()`` removes everything that the session made.
+    ``page`` is the page that the agent writes, ``None`` for other kernels.
+    """
 
     def __init__(
         self,
+        request: SessionRequest,
+        sandbox: Sandbox,
         *,
-        limits: Limits,
-        plan: SpawnPlan,
-        run_id: str,
-        on_limit: Callable[[LimitName, float], None],
-        strict_shell: bool = False,
-        answers: InputAnswers | None = None,
-        reads_native: bool = False,
-        with_locals: bool = False,
-        allocations: AllocationFile | None = None,
-        coverage: CoverageFile | None = None,
-        forks: RootHandover | None = None,
+        manager: Any,
+        provisioner: SandboxProvisioner,
+        make_client: ClientFactory,
+        forwarder_prefix: str | None,
     ) -> None:
-        self._reads_native, self._with_locals = reads_native, with_locals
+        # Both are known once the kernel has been executed.
+        assert sandbox.kernel_pid is not None and sandbox.keeper_pid is not None
+        self.pid, self.keeper_pid = sandbox.kernel_pid, sandbox.keeper_pid
+        self._request, self.limits, self.plan = request, request.limits, request.plan
+        self.allocations, self.answers = request.allocations, request.answers
+        self.sandbox, self.manager, self.provisioner = sandbox, manager, provisioner
+        # Whether our agent runs in the kernel.
+        self.instrumented = provisioner.instrumented
+        self.agent_channels = provisioner.channels
+        self.page: Page | None = (
+            self.agent_channels.page
+            if self.agent_channels is not None and self.instrumented
+            else None
+        )
+        # Of a kernel on TCP behind a network of its own.
+        self._forwarder_prefix = forwarder_prefix
         self.native: native_stack.NativeReading | None = None
         self._native_task: asyncio.Task[None] | None = None
-        self.limits, self.plan, self.run_id = limits, plan, run_id
-        self._on_limit = on_limit
-        self._strict_shell = strict_shell
-        # Only in a trial that looks for the holders of memory.
-        self.allocations = allocations
-        self._coverage = coverage
-        # Only in a kernel that answers the culprit search in forks.
-        self.forks = forks
-        # Answers to `input()`; without them a headless kernel declines to ask.
-        self.answers = answers
         self._answering: asyncio.Task[None] | None = None
         self.agent_facts = AgentFacts()
         self.history = ChildHistory()
+        # Compared with its state when it first answered.
         self.changes: ProcessChanges | None = None
-        self.late_text: LateText | None = None
         self.died = asyncio.Event()
         self.died_at: float | None = None
-        self.directory: Path | None = None
-        self.sandbox: Sandbox | None = None
-        self.client: TrialClient | None = None
-        self.manager: Any = None
-        self.provisioner: SandboxProvisioner | None = None
-        self.meter: Meter | None = None
-        self.volumes: Volumes | None = None
         self.cleanup = CleanupResult()
-        # An interactive kernel has the key of its client's connection file, and the client's
-        # arguments after its command.
-        self.key: str | None = None
-        # Of a kernel on TCP behind a network of its own.
-        self._forwarder_prefix: str | None = None
-        self.arguments: tuple[str, ...] = ()
         self._channels: dict[str, Channel] = {}
         self._closed = False
         self._ancestors: frozenset[int] = frozenset()
-
-    # --- start ------------------------------------------------------------------------------------
-
-    def open_sandbox(self, sandbox: Sandbox | None = None) -> None:
-        """Start the keeper, or take over a sandbox whose keeper was started in advance.
-
-        The keeper gets ready while the notebook client is set up.
-        """
-        # The path is only computed here; the keeper makes the directory.
-        self.directory = Path(runtime_directory(self.run_id))
-        self.sandbox = sandbox or Sandbox(
-            self.run_id, directory=self.directory, delegation=self.plan.cgroup.delegation
-        )
-
-    async def start(
-        self,
-        *,
-        kernel_name: str,
-        cwd: str,
-        env: Mapping[str, str],
-        launched: LaunchedKernel | None = None,
-    ) -> None:
-        """Start the kernel process, or take over the ``launched`` one.
-
-        Raises KernelStartError if the kernel is not installed or its command cannot be executed,
-        SandboxError if the sandbox cannot be built.
-        """
-        assert self.sandbox is not None and self.directory is not None
-        if launched is None and (spec := find_spec(kernel_name)) is not None:
-            request = Launch(
-                spec=spec,
-                kernel_name=kernel_name,
-                plan=self.plan,
-                limits=self.limits,
-                cwd=cwd,
-                env=env,
-                key=self.key,
-                arguments=self.arguments,
-                strict_shell=self._strict_shell,
-                thorough=self.allocations is not None,
-                coverage=self._coverage,
-                forks=self.forks is not None,
-            )
-            # Building a sandbox blocks, and other runs share this event loop.
-            launched = await _run_in_thread(partial(launch, self.sandbox, request))
-        km = Manager(kernel_name=kernel_name)
-        km.connection_file = str(self.directory / "c.json")
-        if launched is not None:
-            km.take_on(launched)
-        self.manager, self.provisioner = km, self._provision(km, kernel_name)
-        if launched is not None:
-            self.provisioner.adopt(launched)
-            if self.allocations is not None and launched.instrumented:
-                self.allocations.send(launched.channels.facts)
-            if self.forks is not None and launched.instrumented:
-                self.forks.send(launched.channels.facts)
-        else:
-            await self._start_by_jupyter(km, cwd, env)
+        # Meter and watchdog share one process tree, so that /proc is read once.
+        watchdog = provisioner.watchdog
+        tree = watchdog.tree if watchdog is not None else None
+        self.meter = Meter(self.plan, self.keeper_pid, self.pid, tree)
         self._watch()
-        if self.pid is not None:
-            self.volumes = Volumes(self.pid, self._places_to_write(cwd, env))
-
-    def _places_to_write(self, cwd: str, env: Mapping[str, str]) -> tuple[str, ...]:
-        facts = self.sandbox.isolation if self.sandbox is not None else None
-        home = facts.home if facts is not None else env.get("HOME")
-        return (os.path.realpath(cwd), TMP, SHM, *((home,) if home and home != "/" else ()))
-
-    def _provision(self, km: Any, kernel_name: str) -> SandboxProvisioner:
-        assert self.sandbox is not None
-        provisioner = SandboxProvisioner(
-            kernel_id=self.run_id, kernel_spec=self._spec(km, kernel_name), parent=km
-        )
-        provisioner.on_limit = self._on_limit
-        provisioner.prepare(limits=self.limits, plan=self.plan, sandbox=self.sandbox)
-        provisioner.headless = self.key is None
-        provisioner.strict_shell = self._strict_shell
-        provisioner.coverage = self._coverage
-        km.provisioner = provisioner
-        return provisioner
-
-    async def _start_by_jupyter(self, km: Any, cwd: str, env: Mapping[str, str]) -> None:
-        """Start a kernel that ``find_spec`` does not support, through jupyter_client."""
-        assert self.sandbox is not None
-        self.sandbox.wait_ready()
-        if speaks_ipc(km.kernel_spec.argv):
-            km.transport, km.ip = "ipc", str(self.directory / "k") if self.directory else ""
-        elif self.plan.enclosed and not self.plan.isolation.network:
-            # Each network namespace has its own loopback, so a port in there cannot be reached from
-            # outside. A forwarder in there connects Unix sockets to it.
-            assert self.directory is not None
-            self._forwarder_prefix = str(self.directory / "k")
-            for name, port in zip(PORTS, FORWARDED_PORTS, strict=True):
-                setattr(km, f"{name}_port", port)
-            # A copy: the manager of kernelspecs may give the same one to others.
-            spec = copy.copy(km.kernel_spec)
-            spec.argv = forwarded(spec.argv, self._forwarder_prefix, FORWARDED_PORTS)
-            km._kernel_spec = spec  # noqa: SLF001 - the property has no setter
-        else:
-            # Ports below the range of outgoing connections: no other process gets one by chance
-            # before the kernel listens.
-            for name, port in zip(PORTS, sockets.quiet_ports(len(PORTS)), strict=False):
-                setattr(km, f"{name}_port", port)
-        if self.key is not None:
-            km.session.key = self.key.encode()
-        extra = extra_arguments(km.kernel_name) if self.key is None else list(self.arguments)
-        await km.start_kernel(cwd=cwd, env=dict(env), extra_arguments=extra)
-
-    def _spec(self, km: Any, kernel_name: str) -> Any:
-        try:
-            spec = km.kernel_spec
-        except NoSuchKernel:
-            spec = None
-        if spec is None:
-            raise KernelMissingError(kernel_name, installed_kernels())
-        return spec
+        if self.instrumented and self.agent_channels is not None:
+            if self.allocations is not None:
+                self.allocations.send(self.agent_channels.facts)
+            if request.forks is not None:
+                request.forks.send(self.agent_channels.facts)
+        self.volumes = Volumes(self.pid, _places_to_write(request, sandbox))
+        self.client = make_client(manager, self.died)
+        self.agent_facts.client = self.client
+        self.late_text = LateText(self.client)
 
     def _watch(self) -> None:
         """Watch for the death and for facts on the event loop."""
-        assert (
-            self.sandbox is not None
-            and self.provisioner is not None
-            and self.sandbox.keeper_pid is not None
-        )
         loop = asyncio.get_running_loop()
         self.sandbox.on_exit = self._on_exit
-        if self._reads_native:
+        if self._request.reads_native:
             self._prepare_native()
         if self.sandbox.exit is not None:
             self._on_exit(self.sandbox.exit)
         loop.add_reader(self.sandbox.fileno(), self._pump)
-        if self.provisioner.instrumented and self.provisioner.channels is not None:
-            loop.add_reader(self.provisioner.channels.facts.fileno(), self.take_facts)
-        # Meter and watchdog share one process tree, so that /proc is read once.
-        watchdog = self.provisioner.watchdog
-        tree = watchdog.tree if watchdog is not None else None
-        self.meter = Meter(self.plan, self.sandbox.keeper_pid, self.sandbox.kernel_pid, tree)
+        if self.instrumented and self.agent_channels is not None:
+            loop.add_reader(self.agent_channels.facts.fileno(), self.take_facts)
 
     def _prepare_native(self) -> None:
         """Have the kernel held at a fatal fault, if its native stack can be read then."""
-        assert self.sandbox is not None
         if has_pystack():
             self.sandbox.hold_at_fault(native_stack.BUDGET_SECONDS, self._on_dying)
         else:
@@ -311,14 +349,13 @@ class KernelSession:
         return self._native_task is not None
 
     async def _read_native(self, dying: Dying) -> None:
-        assert self.sandbox is not None and self.pid is not None
+        with_locals = self._request.with_locals
         try:
-            self.native = await native_stack.read(self.pid, dying, with_locals=self._with_locals)
+            self.native = await native_stack.read(self.pid, dying, with_locals=with_locals)
         finally:
             self.sandbox.read_on()
 
     def _pump(self) -> None:
-        assert self.sandbox is not None
         self.sandbox.process_messages()
         # No fault handler writes this much, but notebook code can write to the descriptor too.
         if len(self.sandbox.fault_text) > FAULT_CHARACTERS:
@@ -336,30 +373,20 @@ class KernelSession:
     @property
     def ended(self) -> KernelExit | None:
         """The exit of the kernel process, ``None`` while it lives."""
-        return self.sandbox.exit if self.sandbox else None
+        return self.sandbox.exit
 
-    @property
-    def pid(self) -> int | None:
-        """The kernel's process id."""
-        return self.sandbox.kernel_pid if self.sandbox else None
-
-    @property
-    def instrumented(self) -> bool:
-        """Whether our agent runs in the kernel."""
-        return self.provisioner is not None and self.provisioner.instrumented
-
-    async def connect(self, client: TrialClient, seconds: float | None) -> dict[str, Any]:
+    async def connect(self, seconds: float | None) -> dict[str, Any]:
         """Connect and wait until the kernel answers on shell and iopub; return its kernel_info.
 
         Raises KernelStartError if it ends, or does not answer within ``seconds``.
         """
         # A reply on shell is not enough: without the subscription to iopub the output of the first
         # cell would be lost.
-        self.client = self.agent_facts.client = client
+        client = self.client
         client.note = self.note
         client.km = self.manager
         # Messages carry the pid that the kernel sees in its own pid namespace.
-        client.kernel_pid = None if self.pid is None else procfs.innermost_pid(self.pid)
+        client.kernel_pid = procfs.innermost_pid(self.pid)
         deadline = None if seconds is None else time.monotonic() + seconds
         kc = self.manager.client()
         kc.allow_stdin = self.answers is not None
@@ -368,14 +395,13 @@ class KernelSession:
             answering = self.answers.serve(self._channels["stdin"])
             self._answering = asyncio.create_task(answering)
         kc.iopub_channel.on_oversize = client.cut_display
-        self.late_text = LateText(client)
         kc.iopub_channel.overheard = self.late_text.take
         client.kc = kc
         while deadline is None or time.monotonic() < deadline:
             info = await self._request_kernel_info(kc)
             if info is not None:
                 await self._control_stands(kc)
-                self.changes = ProcessChanges(self.pid) if self.pid is not None else None
+                self.changes = ProcessChanges(self.pid)
                 return info
             if self.died.is_set():
                 raise KernelStartError(self._why_it_ended())
@@ -384,7 +410,7 @@ class KernelSession:
     async def _open_channels(self, kc: Any, deadline: float | None) -> None:
         """Connect once to each socket, and never reconnect."""
         # Notebook code could later put a socket of its own in their place.
-        asks = self.key is not None or self.answers is not None
+        asks = self._request.key is not None or self.answers is not None
         for name, kind in (CHANNELS | STDIN if asks else CHANNELS).items():
             port = getattr(self.manager, f"{name}_port")
             is_local = self.manager.transport == "ipc" or self._forwarder_prefix
@@ -414,7 +440,7 @@ class KernelSession:
         """Return the prefix of the kernel's socket paths as seen by the runner."""
         # Inside bubblewrap the directory is in the sandbox's own mount namespace. The init hands
         # out a descriptor of it, and /proc/self/fd also keeps the path below 108 bytes (unix(7)).
-        inside = self.sandbox.sockets if self.sandbox is not None else None
+        inside = self.sandbox.sockets
         prefix = self._forwarder_prefix or self.manager.ip
         return prefix if inside is None else f"/proc/self/fd/{inside}/{Path(prefix).name}"
 
@@ -486,17 +512,6 @@ class KernelSession:
 
     # --- facts ------------------------------------------------------------------------------------
 
-    @property
-    def agent_channels(self) -> AgentChannels | None:
-        """Page and facts socket, ``None`` before the start."""
-        return self.provisioner.channels if self.provisioner is not None else None
-
-    @property
-    def page(self) -> Page | None:
-        """The page that the agent writes, ``None`` for other kernels and before the start."""
-        channels = self.agent_channels
-        return channels.page if channels is not None and self.instrumented else None
-
     def take_facts(self) -> None:
         """Receive the facts that the agent has sent."""
         channels = self.agent_channels
@@ -526,7 +541,7 @@ class KernelSession:
         """Return the number of invalid messages and the problem with the first."""
         client = self.client
         sources = [(c.refused, c.first_refused) for c in self._channels.values()]
-        sources += [(client.malformed, client.first_malformed)] if client else []
+        sources.append((client.malformed, client.first_malformed))
         return sum(count for count, _ in sources), next(
             (first for count, first in sources if count), ""
         )
@@ -550,10 +565,8 @@ class KernelSession:
         page = self.page
         return None if page is None else number != 0 and not page.note().finished
 
-    def subject(self, number: int) -> ObservedKernel | None:
+    def subject(self, number: int) -> ObservedKernel:
         """Return this kernel's parameters for ``observe``."""
-        if self.pid is None or self.sandbox is None:
-            return None
         sandbox = self.sandbox
         read_length = len(sandbox.fault_text)
 
@@ -566,7 +579,7 @@ class KernelSession:
 
         return ObservedKernel(
             pid=self.pid,
-            keeper=sandbox.keeper_pid or 0,
+            keeper=self.keeper_pid,
             page=self.page,
             number=number,
             dump=(lambda: sandbox.signal(int(layout.DUMP_SIGNAL)))
@@ -586,42 +599,41 @@ class KernelSession:
         # kernel ignores SIGINT until the child has ended, and `%%bash` reports a child that lives
         # on as one that cannot be stopped.
         if self.manager.kernel_spec.interrupt_mode == "message":
-            assert self.client is not None and self.client.kc is not None
+            assert self.client.kc is not None
             self.client.kc.control_channel.send(self.manager.session.msg("interrupt_request", {}))
-        elif self.sandbox is not None:
+        else:
             self.sandbox.signal(signal.SIGINT, group=True)
 
     def ignores_interrupt(self) -> bool:
         """Whether the kernel process ignores SIGINT now."""
-        return self.pid is not None and bool(procfs.ignores(self.pid, signal.SIGINT))
+        return bool(procfs.ignores(self.pid, signal.SIGINT))
 
     def kill(self, reason: TerminationReason) -> None:
         """Kill the process tree and record the reason."""
-        if self.sandbox is not None:
-            self.sandbox.kill(reason)
+        self.sandbox.kill(reason)
 
     @property
     def kill_reason(self) -> TerminationReason | None:
         """The reason of our decision to kill the kernel, which may still be alive."""
-        return self.sandbox.kill_reason if self.sandbox else None
+        return self.sandbox.kill_reason
 
     def process_count(self) -> ProcessCount | None:
         """Return the number of tasks and their limit, if Linux enforces one."""
-        return None if self.meter is None else self.meter.process_count(self.limits.processes)
+        return self.meter.process_count(self.limits.processes)
 
     def check_limits(self) -> None:
         """Check memory, processes and processor time now, if a watchdog enforces them."""
-        if self.provisioner is not None and self.provisioner.watchdog is not None:
+        if self.provisioner.watchdog is not None:
             self.provisioner.watchdog.check()
 
     async def may_be_asked_to_end(self) -> bool:
         """Whether the kernel lives and has exceeded no limit; its end is then a shutdown."""
-        if self.provisioner is not None and self.provisioner.watches:
+        if self.provisioner.watches:
             await asyncio.to_thread(self.provisioner.check_last)
         # The kernel may be dead without a message from the keeper so far. /proc shows it at once,
         # and such a death must not count as the answer to our request.
-        main = procfs.stat(self.pid) if self.pid is not None else None
-        if self.sandbox is None or self.died.is_set() or main is None or main.state in "ZX":
+        main = procfs.stat(self.pid)
+        if self.died.is_set() or main is None or main.state in "ZX":
             return False
         return self.sandbox.ask_to_end()
 
@@ -630,7 +642,7 @@ class KernelSession:
         if self.died.is_set():
             return True
         msg = self.manager.session.msg("shutdown_request", content={"restart": False})
-        assert self.client is not None and self.client.kc is not None
+        assert self.client.kc is not None
         self.client.kc.control_channel.send(msg)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.died.wait(), SHUTDOWN_SECONDS)
@@ -639,7 +651,7 @@ class KernelSession:
     def note_process(self) -> None:
         """Note the kernel's children, limits and program."""
         # After its end /proc shows none of them.
-        if self.pid is not None and not self.died.is_set():
+        if not self.died.is_set():
             self.history.note(self.pid)
             if self.changes is not None:
                 self.changes.note()
@@ -648,12 +660,10 @@ class KernelSession:
         """Note other hosts that the sandbox's sockets are connected to."""
         # The agent reports connections of the kernel process only, not of its children. Reading the
         # tables of a busy machine takes milliseconds, so not while there are no children.
-        if self.sandbox is None or self.sandbox.keeper_pid is None or self.pid is None:
-            return
         if Wall.NETWORK not in self.plan.walls and (
-            not self.instrumented or self._has_children(self.sandbox.keeper_pid, self.pid)
+            not self.instrumented or self._has_children(self.keeper_pid, self.pid)
         ):
-            peers = sockets.peers(self.sandbox.keeper_pid, self.pid)
+            peers = sockets.peers(self.keeper_pid, self.pid)
             self.agent_facts.add_hosts(sorted(peers - set(self.agent_facts.hosts)))
 
     def _has_children(self, keeper: int, kernel: int) -> bool:
@@ -679,12 +689,9 @@ class KernelSession:
         return self.died.is_set()
 
     def _stop_measuring(self) -> None:
-        if self.provisioner is not None:
-            self.provisioner.stop_watching()
-        if self.volumes is not None:
-            self.volumes.close()
-        if self.meter is not None:
-            self.meter.close()
+        self.provisioner.stop_watching()
+        self.volumes.close()
+        self.meter.close()
 
     def close(self) -> None:
         """End all processes and remove all files; ``cleanup`` lists what remains.
@@ -702,12 +709,10 @@ class KernelSession:
         self._stop_measuring()
         for channel in self._channels.values():
             channel.stop()
-        if self.client is not None:
-            self.client.kc = None
-        if self.sandbox is not None:
-            with contextlib.suppress(ValueError, OSError):
-                loop.remove_reader(self.sandbox.fileno())
-            self.cleanup = self.sandbox.shutdown()
+        self.client.kc = None
+        with contextlib.suppress(ValueError, OSError):
+            loop.remove_reader(self.sandbox.fileno())
+        self.cleanup = self.sandbox.shutdown()
         channels = self.agent_channels
         if channels is not None:
             with contextlib.suppress(ValueError, OSError):

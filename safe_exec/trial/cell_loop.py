@@ -33,6 +33,7 @@ from safe_exec.trial.state import TrialState
 
 if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
+    from safe_exec.kernel.session import KernelSession
     from safe_exec.trial.request import HangRecognition
 
 # The reading at the end of a cell also serves as the one at the start of the next.
@@ -81,15 +82,19 @@ class CellLoop:
 
     def __init__(self, state: TrialState) -> None:
         self.state = state
-        self.request, self.session, self.metrics = state.request, state.session, state.metrics
+        self.request, self.metrics = state.request, state.metrics
         self._last_reading: tuple[float, Reading] | None = None
         self._unrecorded: CellEnd | None = None
         self._stop: asyncio.Task[Any] | None = None
 
+    @property
+    def session(self) -> KernelSession:
+        """The session of the kernel, which has been started."""
+        return self.state.session
+
     async def run(self) -> Ending:
         """Run all cells. Raises Stop if the run ends with one of them."""
         client = self.session.client
-        assert client is not None
         # One task for all cells: each waits for its end and for this.
         self._stop = asyncio.create_task(self.state.stopping.wait())
         client.listen()
@@ -122,8 +127,7 @@ class CellLoop:
 
     def _worker_killed(self) -> Ending | None:
         """Return an ending if all cells ran but a child process was killed for memory."""
-        if self.session.meter is not None:
-            self.metrics.counters = self.session.meter.counters()
+        self.metrics.counters = self.session.meter.counters()
         if self.metrics.counters.oom_kills and not self.session.died.is_set():
             return LimitHit(limit=LimitName.MEMORY, cell=self.metrics.cell_of_first_oom)
         return None
@@ -139,8 +143,7 @@ class CellLoop:
         # A cell's metadata may set its own time limit.
         limits = self.request.cell_limits(cell)
         client.begin_cell(limits.cell_output)
-        if self.session.volumes is not None:
-            self.session.volumes.begin()
+        self.session.volumes.begin()
         self.session.history.begin_cell()
         if self.session.changes is not None:
             self.session.changes.note_now_and_then()
@@ -283,19 +286,19 @@ class CellLoop:
     async def _observe_activity(self, index: int) -> None:
         """Observe the kernel's activity before the interrupt changes it."""
         self.state.tasks_at_timeout = self.session.process_count()
-        kills = self.session.meter.oom_kills() if self.session.meter else None
+        kills = self.session.meter.oom_kills()
         if kills is not None:
             self.state.oom_kills_in_time = max(0, kills - self.metrics.oom_before)
         self.session.take_facts()
         self.state.cell_active = self.session.at_work(self.state.number(index))
         subject = self.session.subject(self.state.number(index))
-        if subject is not None and not self.session.died.is_set():
+        if not self.session.died.is_set():
             self.session.note_process()
             self.state.observed_at = time.monotonic()
             self.state.observation = await observe(subject)
             # An interrupt has workers and threads print tracebacks that say nothing about the hang.
             cells = enumerate(self.request.node.cells[: index + 1])
-            late = dict(self.session.late_text.by_cell) if self.session.late_text else {}
+            late = dict(self.session.late_text.by_cell)
             late[index] = late.get(index, "") + self.session.unsent_text(self.state.number(index))
             self.state.printed = printed_traceback(cells, late)
 
@@ -333,12 +336,10 @@ class CellLoop:
             execution.cancel()
         client, index = self.session.client, self.state.current
         # One that it shows tells nothing of the interrupt.
-        return self._error_of(index) if client is not None and index in client.replies else None
+        return self._error_of(index) if index is not None and index in client.replies else None
 
     async def _judge(self, execution: asyncio.Future[Any], index: int) -> None:
         """Record the result of a cell that has ended in one way or another."""
-        client = self.session.client
-        assert client is not None
         await self._enforce_limits(execution, index)
         # A reply that arrived before the death still counts.
         if self.session.died.is_set() or not execution.done():
@@ -384,7 +385,7 @@ class CellLoop:
     def _error_of(self, index: int | None) -> CellError | None:
         """Return the error that a finished cell answered with, or that its outputs show."""
         client = self.session.client
-        if client is None or index is None:
+        if index is None:
             return None
         cell_error = error_of(
             client.replies.get(index, {}), self.request.node.cells[index].get("outputs", ())
@@ -424,7 +425,6 @@ class CellLoop:
     def _may_raise(self, index: int, ename: str) -> bool:
         """Tell whether the run continues after an error of the cell, by nbclient's rules."""
         client = self.session.client
-        assert client is not None
         tags = self.request.node.cells[index].metadata.get("tags", [])
         allowed = (
             client.allow_errors or ename in client.allow_error_names or "raises-exception" in tags
@@ -465,7 +465,7 @@ class CellLoop:
             self.state.current = cell
             return LimitHit(limit=limit, cell=cell)
         status = ended.status if ended else None
-        exiting_cell = self.session.client.asked_to_exit if self.session.client else None
+        exiting_cell = self.session.client.asked_to_exit
         # A kernel that exit() ends may still take the request of the next cell, and dies in it. If
         # it finished that one, the cell in which it died is where the notebook ended.
         if (
@@ -479,8 +479,7 @@ class CellLoop:
         return Died(cell=self._cell_by_page(cell), exit=status)
 
     def _keeper_failure(self) -> str:
-        sandbox = self.session.sandbox
-        troubles = sandbox.troubles if sandbox is not None else []
+        troubles = self.session.sandbox.troubles
         return troubles[-1] if troubles else "the keeper failed"
 
     def _is_next(self, cell: int, index: int | None) -> bool:
@@ -504,8 +503,7 @@ class CellLoop:
 
     def _measure_volumes(self) -> None:
         """Measure the free space before anything is removed."""
-        if self.session.volumes is not None:
-            self.session.volumes.measure()
+        self.session.volumes.measure()
 
     # --- one cell's bookkeeping -------------------------------------------------------------------
 
@@ -528,12 +526,11 @@ class CellLoop:
             and time.monotonic() - self._last_reading[0] < FRESH_SECONDS
         ):
             return self._last_reading[1]
-        reading = self._read()
-        return reading[1] if reading else None
+        return self._read()[1]
 
-    def _read(self) -> tuple[float, Reading] | None:
+    def _read(self) -> tuple[float, Reading]:
         """Take a reading and return it with its time."""
-        return (time.monotonic(), self.session.meter.read()) if self.session.meter else None
+        return time.monotonic(), self.session.meter.read()
 
     def _end(self, index: int, status: CellStatus) -> None:
         """Note and record the end of a cell after which none is sent."""
@@ -549,7 +546,7 @@ class CellLoop:
             status=status,
             moment=self.state.now(),
             figures=self._reading_at_end(index),
-            disbelieved=frozenset(client.disbelieved) if client else frozenset(),
+            disbelieved=frozenset(client.disbelieved),
         )
 
     def _record_last_end(self) -> None:
@@ -595,21 +592,15 @@ class CellLoop:
             self._last_reading = self._read()
         return {
             "reading": self._last_reading[1] if self._last_reading else None,
-            "oom_kills": ended.counters.oom_kills
-            if ended
-            else meter.oom_kills()
-            if meter
-            else None,
-            "output_bytes": max(client.accounts.received, self.state.written() or 0)
-            if client
-            else None,
-            "truncated": client.accounts.truncated if client else False,
+            "oom_kills": ended.counters.oom_kills if ended else meter.oom_kills(),
+            "output_bytes": max(client.accounts.received, self.state.written()),
+            "truncated": client.accounts.truncated,
         }
 
     def _recover(self, index: int) -> None:
         """Restore the output that a dead kernel left in shared memory."""
         client, page = self.session.client, self.session.page
-        if client is None or page is None:
+        if page is None:
             return
         number = self.state.number(index)
         if number and self.request.node.cells[index].execution_count is None:

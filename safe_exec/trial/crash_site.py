@@ -129,7 +129,7 @@ def _of_error(state: TrialState, index: int, error: CellError | None) -> CellLoc
         location = CellLocation(cell=index, line=line, source="traceback", stack=facts.frames(rows))
         return _further_in(state, location, error)
     client = state.session.client
-    reply = client.replies.get(index, {}) if client else {}
+    reply = client.replies.get(index, {})
     count = state.request.node.cells[index].get("execution_count")
     in_text = line_in_traceback([str(part) for part in reply.get("traceback") or ()], count)
     return None if in_text is None else CellLocation(cell=index, line=in_text, source="traceback")
@@ -230,7 +230,7 @@ def _of_last_dump(state: TrialState, index: int) -> CellLocation | None:
     """Locate the end by the last stack dump that the keeper requested, exact unlike a sample."""
     # The dump must belong to this cell, and be newer than the last statement that was recorded.
     session, sandbox, page = state.session, state.session.sandbox, state.session.page
-    if sandbox is None or not sandbox.fault_text or page is None:
+    if not sandbox.fault_text or page is None:
         return None
     note = page.note()
     if (

@@ -49,8 +49,8 @@ def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellL
     # The raw charge includes reclaimable page cache.
     peak = _memory_peak(state, kills, counters.memory_peak_raw)
     is_elsewhere = elsewhere(counters, request.limits.memory)
-    memory_bound = session.meter.bound_hit() if is_elsewhere and session.meter else None
-    process_bound = session.meter.tasks_bound(request.limits.processes) if session.meter else None
+    memory_bound = session.meter.bound_hit() if is_elsewhere else None
+    process_bound = session.meter.tasks_bound(request.limits.processes)
     client = session.client
     error = ending.error if isinstance(ending, CellFailed | TimedOut) else None
     current = metrics.records.get(state.current) if state.current is not None else None
@@ -92,16 +92,16 @@ def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellL
         observation=state.observation,
         cell_seconds=current.seconds if current else None,
         cell_output_bytes=current.output_bytes if current else None,
-        cell_output_received=client.accounts.received if client else None,
-        cell_output_age=_age(client.accounts.last) if client else None,
-        cell_output_truncated=client.accounts.truncated if client else False,
+        cell_output_received=client.accounts.received,
+        cell_output_age=_age(client.accounts.last),
+        cell_output_truncated=client.accounts.truncated,
         output_bytes=None
         if metrics.ready_at is None
         else sum(r.output_bytes or 0 for r in metrics.records.values()),
         exit_caller=session.agent_facts.frames(session.agent_facts.exit_caller),
         exit_request=_exit_request(state),
         remote_hosts=tuple(session.agent_facts.hosts),
-        signals_to_keeper=tuple(session.sandbox.signals_to_keeper) if session.sandbox else (),
+        signals_to_keeper=tuple(session.sandbox.signals_to_keeper),
         stderr_tail=ended.stderr if ended else "",
         disk_free=ended.disk_free if ended and ended.disk_free is not None else _disk_free(request),
         open_files=state.open_files,
@@ -117,10 +117,10 @@ def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellL
         cell_active=state.cell_active,
         last_words=recent_text(state)[-4000:],
         printed=state.printed,
-        isolation=session.sandbox.isolation if session.sandbox else None,
+        isolation=session.sandbox.isolation,
         raised=raised.errors if raised else (),
         conflicts=isolation_conflicts(state, ending, location),
-        volumes=session.volumes.lowest() if session.volumes else (),
+        volumes=session.volumes.lowest(),
         final_output=final_output(session),
         allocations=recording.lines,
         allocations_error=session.agent_facts.recording_error or recording.error,
@@ -128,10 +128,21 @@ def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellL
     ), location
 
 
+def evidence_without_kernel(state: TrialState) -> Evidence:
+    """Return the evidence of a trial whose kernel's process did not start."""
+    sandbox = state.sandbox
+    return Evidence(
+        signals_to_keeper=tuple(sandbox.signals_to_keeper) if sandbox is not None else (),
+        disk_free=_disk_free(state.request),
+        overcommit=own_process.overcommit(),
+        isolation=sandbox.isolation if sandbox is not None else None,
+    )
+
+
 def _exit_request(state: TrialState) -> tuple[Frame, ...]:
     """Return the stack of the call of ``exit()`` that ended the kernel, if there was one."""
     facts, client = state.session.agent_facts, state.session.client
-    exiting_cell = client.asked_to_exit if client is not None else None
+    exiting_cell = client.asked_to_exit
     rows = next(
         (
             rows
@@ -203,7 +214,7 @@ def _tasks_peak(state: TrialState) -> int | None:
 
 def _watched(state: TrialState) -> Peaks:
     """Return the watchdog's peaks; empty without a watchdog."""
-    watchdog = state.session.provisioner.watchdog if state.session.provisioner else None
+    watchdog = state.session.provisioner.watchdog
     return watchdog.peaks if watchdog is not None else Peaks()
 
 

@@ -36,17 +36,13 @@ def final_output(session: KernelSession) -> tuple[OutputBurst, ...]:
         OutputBurst(channel=Channel.DESCRIPTOR, text=text, age=max(0.0, end - at))
         for at, text in ended.bursts
     ]
-    waiting = (
-        "".join(client.residue.get(name, "") for name in STREAMS) if client is not None else ""
-    )
+    waiting = "".join(client.residue.get(name, "") for name in STREAMS)
     if waiting:
         beginning = native.pop().text if native and native[-1].age <= SAME_BURST_SECONDS else ""
         native.append(OutputBurst(channel=Channel.DESCRIPTOR, text=beginning + waiting, age=0.0))
-    texts = (
-        [(at, STREAMS[name], text) for at, name, text in client.accounts.texts if name in STREAMS]
-        if client
-        else []
-    )
+    texts = [
+        (at, STREAMS[name], text) for at, name, text in client.accounts.texts if name in STREAMS
+    ]
     return (
         *native,
         *(

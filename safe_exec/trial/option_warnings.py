@@ -24,7 +24,7 @@ def option_warnings(state: TrialState, ending: Ending) -> list[str]:
     more = facts.failed_command_count - len(facts.failed_commands)
     if more > 0:
         warnings.append(f"{more} more shell commands failed")
-    if request.strict_shell and session.pid is not None and not session.instrumented:
+    if request.strict_shell and not session.instrumented:
         warnings.append(
             f"--strict-shell has no effect: kernel {request.kernel_name} is not ipykernel"
         )

@@ -48,7 +48,7 @@ def isolation_conflicts(
 
     The result is empty without isolation, or if the kernel did not survive.
     """
-    facts = state.session.sandbox.isolation if state.session.sandbox else None
+    facts = state.session.sandbox.isolation
     if facts is None or not isinstance(ending, CellFailed | Passed):
         return ()
     raised = raised_by(state, ending.error) if isinstance(ending, CellFailed) else None
@@ -78,7 +78,7 @@ def isolation_conflicts(
 def _of_error(
     state: TrialState, error: CellError, raised: tuple[Raised, ...], location: CellLocation | None
 ) -> list[Need]:
-    facts = state.session.sandbox.isolation if state.session.sandbox else None
+    facts = state.session.sandbox.isolation
     assert state.current is not None
     source = state.request.node.cells[state.current].source.splitlines()
     line = (

@@ -13,10 +13,17 @@ import os
 import signal
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safe_exec.errors import KernelMissingError, KernelStartError
-from safe_exec.kernel.session import was_polite
+from safe_exec.keeper.protocol import CleanupResult
+from safe_exec.kernel.session import (
+    KernelSession,
+    SessionRequest,
+    open_sandbox,
+    open_session,
+    was_polite,
+)
 from safe_exec.model import events
 from safe_exec.model.ending import (
     Cancelled,
@@ -31,11 +38,14 @@ from safe_exec.model.ending import (
 from safe_exec.trial import own_process
 from safe_exec.trial.cell_loop import CellLoop, Stop
 from safe_exec.trial.discarded import discarded_warning
-from safe_exec.trial.evidence import collect_evidence
+from safe_exec.trial.evidence import collect_evidence, evidence_without_kernel
 from safe_exec.trial.option_warnings import option_warnings
 from safe_exec.trial.request import TrialRequest, TrialResult
 from safe_exec.trial.sampler import Sampler
 from safe_exec.trial.state import TrialState
+
+if TYPE_CHECKING:
+    from safe_exec.kernel.client import TrialClient
 
 # A kernel that dies of SIGTERM may die of the same shutdown that is about to reach us: wait so long
 # for our own.
@@ -49,9 +59,23 @@ class Trial:
 
     def __init__(self, request: TrialRequest) -> None:
         self.state = TrialState(request)
-        self.session = self.state.session
+        self._cleanup, self._is_closed = CleanupResult(), False
         self._sampler = Sampler(self.state)
         self._starting: asyncio.Task[Ending | None] | None = None
+
+    @property
+    def session(self) -> KernelSession:
+        """The session of the kernel, which has been started."""
+        return self.state.session
+
+    def close(self) -> None:
+        """Kill all processes and remove the sandbox. Can be called again."""
+        if self.state.opened is not None:
+            self.state.opened.close()
+            self._cleanup = self.state.opened.cleanup
+        elif self.state.sandbox is not None and not self._is_closed:
+            self._is_closed = True
+            self._cleanup = self.state.sandbox.shutdown()
 
     # --- the whole --------------------------------------------------------------------------------
 
@@ -76,13 +100,14 @@ class Trial:
             self._starting.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await self._starting
-        self.session.close()
+        self.close()
 
     def _assign_request(self, request: TrialRequest) -> None:
         """Assign the actual request to a kernel that was started in advance."""
         self.state.take_on(request)
-        client = self.session.client
-        if client is not None:
+        # A kernel that did not start has no client.
+        if self.state.opened is not None:
+            client = self.session.client
             # The client was created for the template's notebook.
             client.nb = request.node
             client.reset_execution_trackers()
@@ -125,7 +150,7 @@ class Trial:
         except (
             BaseException
         ):  # our task was cancelled: the caller wants no verdict, and nothing may live on
-            self.session.close()
+            self.close()
             raise
         finally:
             if sampler is not None:
@@ -133,10 +158,12 @@ class Trial:
         try:
             return await self._finish(ending)
         finally:
-            self.session.close()
+            self.close()
 
     async def _finish(self, ending: Ending) -> TrialResult:
         """Collect the evidence while it exists, then remove the sandbox."""
+        if self.state.opened is None:
+            return self._finish_without_kernel(ending)
         if self.state.current is not None:
             self.state.metrics.abandon(self.state.current)
         # The order matters: a dying kernel still delivers facts and output.
@@ -151,15 +178,7 @@ class Trial:
         evidence, location = collect_evidence(self.state, ending)
         for message in self.state.warnings:
             self.state.sink(events.Warned(time=self.state.now(), message=message))
-        self.session.close()
-        self._warn_of_sandbox()
-        cleanup = self.session.cleanup
-        if cleanup.surviving_pids or cleanup.remaining_paths:
-            self.state.warnings.append(
-                f"left behind: processes {list(cleanup.surviving_pids)}, paths "
-                f"{list(cleanup.remaining_paths)}; the next run tries again"
-            )
-        self.state.metrics.close(self.state.now())
+        self._remove_sandbox()
         return TrialResult(
             ending=ending,
             evidence=evidence,
@@ -169,14 +188,42 @@ class Trial:
             hello=self.session.agent_facts.hello,
             warnings=tuple(self.state.warnings),
             instrumented=self.session.instrumented,
-            kept_files=()
-            if self.session.sandbox is None
-            else self.session.sandbox.discarded.kept_files,
+            kept_files=self.session.sandbox.discarded.kept_files,
         )
+
+    def _finish_without_kernel(self, ending: Ending) -> TrialResult:
+        """Return the result of a trial whose kernel's process did not start."""
+        if self.state.signals:
+            ending = Cancelled(signal=self.state.signals[0], cell=None)
+        evidence = evidence_without_kernel(self.state)
+        for message in self.state.warnings:
+            self.state.sink(events.Warned(time=self.state.now(), message=message))
+        self._remove_sandbox()
+        return TrialResult(
+            ending=ending,
+            evidence=evidence,
+            metrics=self.state.metrics,
+            node=self.state.request.node,
+            location=None,
+            hello={},
+            warnings=tuple(self.state.warnings),
+            instrumented=False,
+        )
+
+    def _remove_sandbox(self) -> None:
+        """Remove the sandbox, and warn of everything that remains."""
+        self.close()
+        self._warn_of_sandbox()
+        if self._cleanup.surviving_pids or self._cleanup.remaining_paths:
+            self.state.warnings.append(
+                f"left behind: processes {list(self._cleanup.surviving_pids)}, paths "
+                f"{list(self._cleanup.remaining_paths)}; the next run tries again"
+            )
+        self.state.metrics.close(self.state.now())
 
     def _warn_of_sandbox(self) -> None:
         """Add the keeper's warnings about the removal of the sandbox."""
-        sandbox, plan = self.session.sandbox, self.state.request.plan
+        sandbox, plan = self.state.sandbox, self.state.request.plan
         if sandbox is None:
             return
         self.state.warnings += sandbox.troubles
@@ -230,7 +277,7 @@ class Trial:
         """Shut down a live kernel or wait for a dying one; a cancellation takes precedence."""
         if isinstance(ending, Passed | CellFailed) and not self.state.signals:
             ending = await self._shut_down(ending)
-        elif not self.session.died.is_set() and self.session.pid is not None:
+        elif not self.session.died.is_set():
             self.state.kill(TerminationReason.SHUTDOWN)
             await self.session.wait_dead(10.0)
         ended = self.session.ended
@@ -265,7 +312,7 @@ class Trial:
         await self._read_last_counters()
         if not await self.session.may_be_asked_to_end():
             return await CellLoop(self.state).ending_by_death(None)
-        exiting_cell = self.session.client.asked_to_exit if self.session.client else None
+        exiting_cell = self.session.client.asked_to_exit
         if (
             exiting_cell is not None
         ):  # comes before an error that a later, quick cell may have raised
@@ -293,12 +340,10 @@ class Trial:
 
     async def _read_last_counters(self) -> None:
         self.session.note_process()
-        if self.session.meter is not None:
-            self.state.metrics.counters = self.session.meter.counters()
+        self.state.metrics.counters = self.session.meter.counters()
         with contextlib.suppress(OSError):
             self.state.open_files = len(os.listdir(f"/proc/{self.session.pid}/fd"))
-        if self.session.pid is not None:
-            self.state.memory_maps = own_process.memory_maps(self.session.pid)
+        self.state.memory_maps = own_process.memory_maps(self.session.pid)
 
     # --- signals ----------------------------------------------------------------------------------
 
@@ -317,16 +362,17 @@ class Trial:
         )
         start_time = time.monotonic()
         try:
-            early = request.early
-            self.session.open_sandbox(early.sandbox_for(request.plan) if early else None)
-            launched = early.outcome() if early else None
-            await self.session.start(
-                kernel_name=request.kernel_name,
-                cwd=str(request.cwd),
-                env=request.env,
-                launched=launched,
+            early, session_request = request.early, self.session_request()
+            self.state.sandbox = (
+                early.sandbox_for(request.plan) if early else open_sandbox(session_request)
             )
-            self.state.sink(events.KernelStarted(time=self.state.now(), pid=self.session.pid or 0))
+            self.state.opened = await open_session(
+                session_request,
+                self.state.sandbox,
+                self._make_client,
+                early.outcome() if early else None,
+            )
+            self.state.sink(events.KernelStarted(time=self.state.now(), pid=self.session.pid))
             info = await self._connect()
         except KernelStartError as error:
             return self._start_failed(error, time.monotonic() - start_time)
@@ -335,33 +381,37 @@ class Trial:
                 signal=self.state.signals[0] if self.state.signals else signal.SIGTERM, cell=None
             )
         self.state.sink(events.KernelReady(time=self.state.now()))
-        if self.session.client is not None:
-            self.session.client.info = info
+        self.session.client.info = info
         self._welcome(info)
         return None
+
+    def session_request(self) -> SessionRequest:
+        """Return the request for the session of this trial's kernel."""
+        return self.state.session_request()
+
+    def _make_client(self, manager: Any, died: asyncio.Event) -> TrialClient:
+        # nbclient is imported while the kernel starts.
+        from safe_exec.kernel.client import TrialClient
+
+        request = self.state.request
+        client = TrialClient(
+            request.node,
+            manager,
+            died=died,
+            on_output=self._sampler.note_output,
+            allow_errors=request.allow_errors,
+        )
+        client.reset_execution_trackers()
+        client.total_cap = request.limits.output
+        client.on_message = request.on_message
+        return client
 
     async def _connect(self) -> dict[str, Any] | None:
         """Connect to the kernel and return its info.
 
         ``None`` if the run was cancelled meanwhile.
         """
-        from safe_exec.kernel.client import (
-            TrialClient,
-        )  # nbclient is imported while the kernel starts
-
-        client = TrialClient(
-            self.state.request.node,
-            self.session.manager,
-            died=self.session.died,
-            on_output=self._sampler.note_output,
-            allow_errors=self.state.request.allow_errors,
-        )
-        client.reset_execution_trackers()
-        client.total_cap = self.state.request.limits.output
-        client.on_message = self.state.request.on_message
-        connect = asyncio.create_task(
-            self.session.connect(client, self.state.request.limits.start_timeout)
-        )
+        connect = asyncio.create_task(self.session.connect(self.state.request.limits.start_timeout))
         # Whoever discards us does not ask how the connection went.
         connect.add_done_callback(lambda task: task.cancelled() or task.exception())
         # A signal must interrupt the wait for a kernel that never answers.
@@ -378,10 +428,10 @@ class Trial:
         return None
 
     def _start_failed(self, error: KernelStartError, waited: float) -> Ending:
-        ended = self.session.ended
         if isinstance(error, KernelMissingError):
             return StartFailed(reason=str(error), installed=error.installed)
-        if not self.session.died.is_set():
+        ended = self.state.sandbox.exit if self.state.sandbox is not None else None
+        if ended is None:
             self.state.kill(TerminationReason.START_TIMEOUT)
         return StartFailed(reason=str(error), exit=ended.status if ended else None, waited=waited)
 

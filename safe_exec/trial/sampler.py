@@ -62,9 +62,8 @@ class Sampler:
     async def run(self) -> None:
         """Take samples until the kernel is dead."""
         session = self.state.session
-        keeper = session.sandbox.keeper_pid if session.sandbox is not None else None
         # A runner that gets no processor time samples too late to enforce limits.
-        guard = PriorityGuard(keeper) if keeper is not None else None
+        guard = PriorityGuard(session.keeper_pid)
         looks = 0
         while not session.died.is_set():
             try:
@@ -79,17 +78,14 @@ class Sampler:
                 session.note_process()
             ended = time.monotonic()
             await asyncio.sleep(SAMPLE_SECONDS)
-            if guard is not None:
-                guard.looked(time.monotonic() - ended - SAMPLE_SECONDS)
+            guard.looked(time.monotonic() - ended - SAMPLE_SECONDS)
 
     def _sample(self) -> None:
         state = self.state
-        assert state.session.meter is not None
         reading = state.session.meter.read()
         state.metrics.sample(state.now(), reading, state.current)
         self._profile()
-        if state.session.volumes is not None:
-            state.session.volumes.measure(own=True)
+        state.session.volumes.measure(own=True)
         for index, size in self._output.items():
             state.sink(events.OutputReceived(time=state.now(), index=index, size=size))
         self._output.clear()
@@ -128,7 +124,7 @@ class Sampler:
         state = self.state
         client = state.session.client
         written = state.written()
-        if client is None or written is None or state.current is None:
+        if state.current is None:
             return
         caps = [(LimitName.CELL_OUTPUT, client.cell_cap), (LimitName.OUTPUT, client.total_cap)]
         # The smaller cap is the one that the cell has exceeded first.

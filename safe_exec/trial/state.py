@@ -9,11 +9,12 @@ import time
 from msgspec.structs import replace
 
 from safe_exec.kernel.input_answers import InputAnswers
-from safe_exec.kernel.session import KernelSession
+from safe_exec.kernel.session import KernelSession, SessionRequest
 from safe_exec.model import events
 from safe_exec.model.ending import TerminationReason
 from safe_exec.model.evidence import ActivityObservation, ProcessCount
 from safe_exec.model.limits import LimitName
+from safe_exec.sandbox.sandbox import Sandbox
 from safe_exec.trial.metrics import MetricsRecorder
 from safe_exec.trial.request import TrialRequest
 
@@ -32,20 +33,9 @@ class TrialState:
         self.sink = request.sink
         self.signals = request.cancellation.signals
         self.metrics = MetricsRecorder.for_notebook(request.node, request.started)
-        self.session = KernelSession(
-            limits=replace(request.limits, cell_output=request.largest_output),
-            plan=request.plan,
-            run_id=request.run_id,
-            on_limit=self._limit_from_watchdog,
-            strict_shell=request.strict_shell,
-            allocations=request.allocations,
-            coverage=request.coverage,
-            forks=request.forks,
-            answers=None if request.stdin_lines is None else InputAnswers(request.stdin_lines),
-            # A search only asks whether the kernel dies.
-            reads_native=not request.hasty,
-            with_locals=request.with_locals,
-        )
+        # The sandbox comes first; the session when the kernel's process runs in it.
+        self.sandbox: Sandbox | None = None
+        self.opened: KernelSession | None = None
         self.warnings: list[str] = []
         self.stopping = asyncio.Event()
         self.current: int | None = None
@@ -61,6 +51,33 @@ class TrialState:
         self.loop: asyncio.AbstractEventLoop | None = None
         self._killing = False
 
+    @property
+    def session(self) -> KernelSession:
+        """The session of the kernel, which has been started."""
+        assert self.opened is not None, "the kernel has not been started"
+        return self.opened
+
+    def session_request(self) -> SessionRequest:
+        """Return the request for the session of this trial's kernel."""
+        request = self.request
+        return SessionRequest(
+            kernel_name=request.kernel_name,
+            cwd=str(request.cwd),
+            env=request.env,
+            limits=replace(request.limits, cell_output=request.largest_output),
+            plan=request.plan,
+            run_id=request.run_id,
+            on_limit=self._limit_from_watchdog,
+            strict_shell=request.strict_shell,
+            allocations=request.allocations,
+            coverage=request.coverage,
+            forks=request.forks,
+            answers=None if request.stdin_lines is None else InputAnswers(request.stdin_lines),
+            # A search only asks whether the kernel dies.
+            reads_native=not request.hasty,
+            with_locals=request.with_locals,
+        )
+
     def now(self) -> float:
         """Return the seconds since the run began."""
         return time.monotonic() - self.request.started
@@ -75,11 +92,13 @@ class TrialState:
     def kill(self, reason: TerminationReason) -> None:
         """Kill the process tree. The first reason is kept."""
         # A dead kernel keeps the reason that it died for.
-        if not self.session.died.is_set():
+        if self.sandbox is None or self.sandbox.exit is None:
             if not self._killing:
                 self._killing = True
                 self.sink(events.Killed(time=self.now(), reason=reason))
-            self.session.kill(reason)
+            # There is a moment before the session in which the kernel starts.
+            if self.sandbox is not None:
+                self.sandbox.kill(reason)
 
     def limit_reached(self, name: LimitName, used: float | None) -> None:
         """Record that a limit was reached; the first one counts."""
@@ -109,7 +128,7 @@ class TrialState:
                 self.loop.call_soon_threadsafe(self._watched_limit_passed, name, used)
 
     def _watched_limit_passed(self, name: LimitName, used: float) -> None:
-        if self.session.kill_reason is not None:
+        if self.sandbox is not None and self.sandbox.kill_reason is not None:
             self.limit_reached(name, used)
         else:
             self.warn_once(
@@ -135,7 +154,7 @@ class TrialState:
         0 while the kernel has not begun it.
         """
         client = self.session.client
-        if client is None or client.running is None or client.running[2] != index:
+        if client.running is None or client.running[2] != index:
             return 0
         return self.session.agent_facts.number_of(client.running[0])
 
@@ -143,11 +162,9 @@ class TrialState:
         """Return the kernel's number for the current cell, 0 for none."""
         return self.number(self.current) if self.current is not None else 0
 
-    def written(self) -> int | None:
+    def written(self) -> int:
         """Return the size of the running cell's output so far, sent or not."""
         client = self.session.client
-        if client is None:
-            return None
         # The agent's count includes output that ipykernel has not sent yet.
         inside = 0
         page = self.session.page
