@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from safe_exec.model.limits import Enforcement, LimitName, Mechanism, Wall
 from safe_exec.reports.terminal import Style
-from safe_exec.reports.text.common import display_width, single_line
+from safe_exec.reports.text import layout
+from safe_exec.reports.text.common import single_line
 from safe_exec.sandbox.advice.fix import Fix
 
 # ``Style.fit`` replaces these by ASCII on terminals that cannot show them.
 HARD, SOFT, NOTHING, PLAIN = "✓", "~", "✗", "·"
 _COLOURS = {HARD: "good", SOFT: "warn", NOTHING: "bad", PLAIN: "dim"}
-_GAP = "  "
 
 
 def mark(enforcement: Enforcement) -> str:
@@ -62,31 +61,13 @@ def table(rows: Sequence[Sequence[str]], style: Style, indent: str = "  ") -> It
     # ASCII replacements are longer than the signs, so they are inserted before measuring.
     cells = [[style.fit(cell) for cell in row] for row in rows]
     signs = {style.fit(sign): colour for sign, colour in _COLOURS.items()}
-    widths = [
-        max(map(display_width, column)) for column in zip(*(row[:-1] for row in cells), strict=True)
-    ]
-    for row in cells:
-        fixed = [
-            cell + " " * (width - display_width(cell))
-            for cell, width in zip(row, widths, strict=False)
-        ]
-        indent_width = len(indent) + sum(widths) + len(_GAP) * len(widths)
-        painted = [
-            style.paint(signs[cell.strip()], cell) if cell.strip() in signs else cell
-            for cell in fixed
-        ]
-        last = textwrap.wrap(
-            row[-1], max(style.width - indent_width, 24), break_on_hyphens=False
-        ) or [""]
-        yield (indent + _GAP.join((*painted, last[0]))).rstrip()
-        yield from (" " * indent_width + line for line in last[1:])
+    lines = layout.columns(cells, signs, width=style.width - len(indent), colour=style.colour)
+    yield from (f"{indent}{line}".rstrip() for line in lines)
 
 
 def labelled(label: str, text: str, style: Style, width: int = 12) -> Iterator[str]:
     """Yield wrapped lines under a label in the left margin."""
-    lines = textwrap.wrap(
-        single_line(text), max(style.width - width - 2, 24), break_on_hyphens=False
-    )
+    lines = layout.wrap(single_line(text), max(style.width - width - 2, layout.LEAST_WIDTH))
     for row, line in enumerate(lines):
         name = label if row == 0 else ""
         yield f"  {style.paint('dim', name)}{' ' * (width - len(name))}{line}"

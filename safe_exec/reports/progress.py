@@ -19,7 +19,7 @@ from safe_exec.model.ending import ExitStatus, TerminationReason
 from safe_exec.model.limits import LimitName
 from safe_exec.model.verdict import CellStatus
 from safe_exec.reports.terminal import Style, is_terminal
-from safe_exec.reports.text import common
+from safe_exec.reports.text import common, layout
 from safe_exec.units import format_seconds, format_size
 
 if TYPE_CHECKING:
@@ -307,6 +307,7 @@ class Progress:
         self._last_draw = float("-inf")
         self._last_event = 0.0
         self._ticking = False
+        self._preloaded = False
 
     def __enter__(self) -> Self:
         if not self._silent and is_terminal(self._stream):
@@ -327,6 +328,10 @@ class Progress:
     def __call__(self, event: events.Event) -> None:
         """Show an event."""
         self._situation.take(event)
+        # The diagnosis follows. The runner has nothing else to do while the first cell runs.
+        if isinstance(event, events.CellStarted) and not (self._preloaded or self._silent):
+            self._preloaded = True
+            layout.preload()
         self._last_event = self._clock()
         if not self._silent and not quietly(lambda: self._show(event)):
             # A closed terminal silences the display; the run goes on.

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import textwrap
 from collections.abc import Iterator
 from typing import TextIO
 
 from msgspec import Struct
 
 from safe_exec.model.verdict import Status, Verdict
-from safe_exec.reports.text import common, culprits, memory, native, profile
+from safe_exec.reports.text import common, culprits, layout, memory, native, profile
 
 # The width of log files and CI consoles, which have no width of their own.
 _PLAIN_WIDTH = 110
@@ -28,14 +27,6 @@ _MOST_DIFFERENCES = 3
 _DIFFERENCE_LINES = 12
 _GLYPHS = "✗✓│·…█░"
 _ASCII = str.maketrans({"✗": "x", "✓": "ok", "│": "|", "·": "-", "…": "...", "█": "#", "░": "."})
-_COLOURS = {
-    "bad": "\x1b[1;31m",
-    "good": "\x1b[1;32m",
-    "warn": "\x1b[33m",
-    "dim": "\x1b[2m",
-    "bold": "\x1b[1m",
-}
-_RESET = "\x1b[0m"
 
 
 # --- streams --------------------------------------------------------------------------------
@@ -66,8 +57,7 @@ class Style(Struct, frozen=True, kw_only=True):
 
     def paint(self, colour: str, text: str) -> str:
         """Return ``text`` in a colour, if the stream has colours."""
-        is_painted = self.colour and text and colour
-        return f"{_COLOURS[colour]}{text}{_RESET}" if is_painted else text
+        return layout.paint(colour, text) if self.colour and text and colour else text
 
     def fit(self, line: str) -> str:
         """Replace what the encoding lacks: known signs by ASCII, other characters by escapes."""
@@ -183,9 +173,7 @@ def _source_row(code_index: int, source_line: str | None, note: str, style: Styl
     room = style.width - len(head) - common.display_width(note) - 2
     if room < LEAST_ROOM:
         yield head + common.clip(code, style.width - len(head))
-        for line in textwrap.wrap(
-            note, max(style.width - len(head), LEAST_ROOM), break_on_hyphens=False
-        ):
+        for line in layout.wrap(note, max(style.width - len(head), LEAST_ROOM)):
             yield " " * len(head) + style.paint("dim", line)
         return
     yield _noted(head, len(head), common.clip(code, room), note, style)
@@ -232,8 +220,7 @@ def _culprits(verdict: Verdict, style: Style) -> Iterator[str]:
 def _entry(label: str, items: list[str], style: Style, colour: str = "dim") -> Iterator[str]:
     """Yield the items under one label in the left margin, wrapped."""
     for number, text in enumerate(text for text in map(common.single_line, items) if text):
-        # Hyphens do not break: paths and options are full of them.
-        lines = textwrap.wrap(text, max(style.width - _INDENT, 20), break_on_hyphens=False)
+        lines = layout.wrap(text, max(style.width - _INDENT, LEAST_ROOM))
         for row, line in enumerate(lines):
             yield _margin(label if number == row == 0 else "", style, colour) + line
 

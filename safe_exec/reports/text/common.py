@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
 from safe_exec.limits.values import format_limit
@@ -65,28 +64,23 @@ def code_line(text: str) -> str:
 
 def display_width(text: str) -> int:
     """Return the columns of ``text`` on a terminal: 2 for wide characters, 0 for combining ones."""
-    return sum(_columns(char) for char in text)
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
 
-
-def _columns(char: str) -> int:
-    if unicodedata.combining(char) or char in "\u200c\u200d\ufe0f":
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+    return cell_len(text)
 
 
 def clip(text: str, width: int) -> str:
     """Return ``text`` cut to ``width`` columns, with an ellipsis in place of the rest."""
     if display_width(text) <= width:
         return text
+    if width < 1:
+        return ""
+    from rich.cells import set_cell_size
+
     # One column is for the ellipsis.
-    room = width - 1
-    characters = []
-    for char in text:
-        room -= _columns(char)
-        if room < 0:
-            break
-        characters.append(char)
-    return "".join(characters).rstrip() + "…" if width > 0 else ""
+    return set_cell_size(text, width - 1).rstrip() + "…"
 
 
 # --- names ----------------------------------------------------------------------------------
