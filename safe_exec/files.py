@@ -9,7 +9,6 @@ import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from copy import copy
-from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -127,6 +126,9 @@ def _nearest(path: Path) -> str:
         ]
     except OSError:
         return f" (nor a directory {one_line(path.parent)})" if not path.parent.is_dir() else ""
+    # Imported only for this error: a run that is in order saves three milliseconds.
+    from difflib import get_close_matches
+
     close = get_close_matches(path.name, names, n=1)
     return f"; did you mean {one_line(path.with_name(close[0]))}?" if close else ""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
+
+from safe_exec.model.patterns import lazy_pattern
 
 # Variables that are useful and hold no secrets. The URL of a proxy can contain a password; such a
 # value is not passed.
@@ -22,7 +23,7 @@ LISTED = frozenset(
 )  # fmt: skip
 LISTED_ENDS = ("_NUM_THREADS",)
 LISTED_STARTS = ("LC_",)
-_CREDENTIALS = re.compile(r"://[^/@\s]+@")
+_CREDENTIALS = lazy_pattern(r"://[^/@\s]+@")
 
 
 def listed_environment(env: Mapping[str, str], more: Iterable[str]) -> dict[str, str]:

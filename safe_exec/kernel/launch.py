@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
-from safe_exec.agent import bootstrap, layout
+from safe_exec.agent import layout
 from safe_exec.errors import SafeExecError, SandboxError
 from safe_exec.keeper.protocol import DiscardedPlace
 from safe_exec.kernel.coverage_file import CoverageFile
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 DROPPED_VARIABLES = ("JPY_PARENT_PID", "JPY_INTERRUPT_EVENT")
 
 MODULES = ("ipykernel_launcher", "ipykernel")
+# The scripts there run in other processes: they are passed by path, and not imported here.
+_AGENT = os.path.dirname(os.path.abspath(layout.__file__))
 MESSAGE_SLACK = 1 << 20
 
 
@@ -86,7 +88,7 @@ def wrap_command(cmd: Sequence[str], config: Mapping[str, object]) -> list[str] 
     ):
         return None
     ours = [
-        os.path.abspath(bootstrap.__file__),
+        os.path.join(_AGENT, "bootstrap.py"),
         "{page}",
         "{facts}",
         "{fault}",
@@ -109,10 +111,7 @@ def forwarded(argv: Sequence[str], prefix: str, ports: Sequence[int]) -> list[st
     Its Unix sockets are ``prefix-PORT``.
     """
     # The interpreter of the sandbox's init: the kernel's own environment may have no Python.
-    forwarder = os.path.join(
-        os.path.dirname(os.path.abspath(bootstrap.__file__)), "tcp_forwarder.py"
-    )
-    ours = [sys.executable, "-I", "-S", forwarder, prefix]
+    ours = [sys.executable, "-I", "-S", os.path.join(_AGENT, "tcp_forwarder.py"), prefix]
     return [*ours, *map(str, ports), "--", *argv]
 
 

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from msgspec.structs import replace
 from safe_exec.keeper.protocol import Dying
 from safe_exec.kernel.cell_code import CellCode
 from safe_exec.model.evidence import FaultReport, Frame, NativeFrame
+from safe_exec.model.patterns import lazy_pattern
 from safe_exec.reports.masking import MASK, is_secret_name
 
 # The time for everything: starting the process, reading the stack.
@@ -40,8 +40,8 @@ LONGEST_ERROR = 300
 LINES = 2
 LONGEST_LINE = 4 << 20
 # The interpreter and its own extension modules have the interpreter's version.
-_FATAL_FUNCTION = re.compile(r"([A-Za-z_]\w*): ")
-_PYTHON = re.compile(r"/lib-dynload/[^/]+$|/(?:lib)?python3[^/]*$")
+_FATAL_FUNCTION = lazy_pattern(r"([A-Za-z_]\w*): ")
+_PYTHON = lazy_pattern(r"/lib-dynload/[^/]+$|/(?:lib)?python3[^/]*$")
 
 
 class NativeReading(Struct, frozen=True, kw_only=True):

@@ -6,7 +6,6 @@ Pure; imports ``model``, ``errors``, ``files`` and its siblings ``values`` and `
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, get_type_hints
@@ -20,6 +19,7 @@ from safe_exec.files import one_line
 from safe_exec.limits.values import nearest
 from safe_exec.limits.yaml_source import Value
 from safe_exec.model.limits import FolderUse, Isolation, RepositoryUse, SystemCalls
+from safe_exec.model.patterns import lazy_pattern
 
 KEYS = Isolation.__struct_fields__
 _LISTS = ("env", "writable", "show", "hide", "devices")
@@ -102,8 +102,8 @@ def _type() -> type[msgspec.Struct]:
 
 
 # The text of msgspec.ValidationError, which has no attributes for its parts.
-_PROBLEM = re.compile(r"(?s)(?P<problem>.*) - at `\$\.(?P<name>\w+)(?:\[(?P<index>\d+)\])?`")
-_TYPES = re.compile(r"Expected `(.+)`, got `(.+)`")
+_PROBLEM = lazy_pattern(r"(?s)(?P<problem>.*) - at `\$\.(?P<name>\w+)(?:\[(?P<index>\d+)\])?`")
+_TYPES = lazy_pattern(r"Expected `(.+)`, got `(.+)`")
 _EXPECTED = {"bool": "true or false", "str": "text", "array | null": "a list"}
 _FOUND = {
     "null": "nothing",

@@ -7,7 +7,6 @@ A *layer* is the set of limits from one source (a profile, a file, a notebook, t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from msgspec import Struct, field
@@ -133,6 +132,9 @@ def format_limit(name: str, value: Figure) -> str:
 
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """Return the end of an error about an unknown word: the nearest valid word, and all of them."""
+    # Imported only for this error: a run that is in order saves three milliseconds.
+    from difflib import get_close_matches
+
     names = sorted(candidates)
     # The candidates are spelled with underscores.
     close = get_close_matches(word.replace("-", "_"), names, n=1, cutoff=0.5)

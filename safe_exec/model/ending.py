@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 from collections.abc import Mapping
 from enum import StrEnum
@@ -11,6 +10,7 @@ from enum import StrEnum
 from msgspec import Struct
 
 from safe_exec.model.limits import LimitName
+from safe_exec.model.patterns import lazy_pattern
 
 
 def signal_name(number: int) -> str:
@@ -63,8 +63,8 @@ class TerminationReason(StrEnum):
 
 
 # Frames of a debugger in a traceback, as IPython 7 to 9 print them.
-_DEBUGGER = re.compile(r"\b(?:pdb|debugger|bdb)\.py\b|\bdebugger\(|\.set_trace\(")
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_DEBUGGER = lazy_pattern(r"\b(?:pdb|debugger|bdb)\.py\b|\bdebugger\(|\.set_trace\(")
+_COLOURS = lazy_pattern(r"\x1b\[[0-9;]*m")
 
 
 class CellError(Struct, frozen=True, kw_only=True):

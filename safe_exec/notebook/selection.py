@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -85,6 +84,9 @@ def _last(code: Sequence[tuple[int, Any]], until: str | None, tags: Sequence[str
 
 
 def _hint(name: str, tags: Sequence[str]) -> str:
+    # Imported only for this error: a run that is in order saves three milliseconds.
+    import difflib
+
     near = difflib.get_close_matches(name, tags, n=1)
     if near:
         return f"; did you mean {near[0]!r}?"

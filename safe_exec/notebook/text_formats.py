@@ -12,6 +12,7 @@ from typing import Any
 
 from safe_exec.errors import NotebookError
 from safe_exec.files import one_line
+from safe_exec.model.patterns import lazy_pattern
 
 SCRIPTS = frozenset({".py", ".r", ".jl"})
 DOCUMENTS = frozenset({".md", ".rmd", ".qmd"})
@@ -20,12 +21,14 @@ MOST_BYTES = 16 << 20
 # Comparisons of lines after which the place of the remaining cells is given up as unknown.
 MOST_COMPARISONS = 5_000_000
 
-_CELL_MARK = re.compile(r"^#[ ]?%%", re.MULTILINE)
-_HEADER = re.compile(r"\A(?:#!.*\n)?(?:# )?---\n(?:.*\n){0,60}?(?:# )?jupy(?:ter|text):", re.ASCII)
-_MYST_CELL = re.compile(r"^[`~]{3,}\s*\{code-cell\}", re.MULTILINE)
-_FENCE = re.compile(r"^[`~]{3,}\s*\{?\w", re.MULTILINE)
-_QUARTO_KERNEL = re.compile(r"\A---\n(?:(?!---).*\n)*?jupyter:[ \t]*([\w.-]+)[ \t]*\n")
-_COMMENT = re.compile(r"^#[ ]?")
+_CELL_MARK = lazy_pattern(r"^#[ ]?%%", re.MULTILINE)
+_HEADER = lazy_pattern(
+    r"\A(?:#!.*\n)?(?:# )?---\n(?:.*\n){0,60}?(?:# )?jupy(?:ter|text):", re.ASCII
+)
+_MYST_CELL = lazy_pattern(r"^[`~]{3,}\s*\{code-cell\}", re.MULTILINE)
+_FENCE = lazy_pattern(r"^[`~]{3,}\s*\{?\w", re.MULTILINE)
+_QUARTO_KERNEL = lazy_pattern(r"\A---\n(?:(?!---).*\n)*?jupyter:[ \t]*([\w.-]+)[ \t]*\n")
+_COMMENT = lazy_pattern(r"^#[ ]?")
 
 
 def is_text_format(path: Path) -> bool:

@@ -7,17 +7,17 @@ and seconds; ``null`` is "not measured" (in ``limits``: unlimited). Imports ``mo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
 import msgspec
 
+from safe_exec.model.patterns import lazy_pattern
 from safe_exec.model.verdict import VERDICT_SCHEMA, Verdict
 from safe_exec.reports import json_text
 
-_PLACE = re.compile(r"(?s)(?P<problem>.*?)(?: - at `\$(?P<place>.*)`)?")
+_PLACE = lazy_pattern(r"(?s)(?P<problem>.*?)(?: - at `\$(?P<place>.*)`)?")
 """The text of a ValidationError of msgspec."""
 
 

@@ -7,7 +7,6 @@ a cause or raises its confidence.
 
 from __future__ import annotations
 
-import re
 import signal
 from collections.abc import Callable, Mapping
 
@@ -17,6 +16,7 @@ from safe_exec.diagnosis.context import Context, inside, outside
 from safe_exec.model.ending import CellFailed, Died, TimedOut, signal_name
 from safe_exec.model.evidence import OwnAction
 from safe_exec.model.observed import ChangedLimit
+from safe_exec.model.patterns import lazy_pattern
 from safe_exec.model.verdict import Activity, Cause, CauseKind, Fact
 from safe_exec.units import format_size
 
@@ -59,7 +59,7 @@ MEANINGS = {
 }
 # The limits that are sizes in bytes.
 SIZES = ("RLIMIT_AS", "RLIMIT_DATA", "RLIMIT_STACK", "RLIMIT_FSIZE", "RLIMIT_MEMLOCK")
-ALLOWED_BY_RUN = re.compile(
+ALLOWED_BY_RUN = lazy_pattern(
     r": \d+ are allowed to each process| \(\d+ are allowed to each process\)"
 )
 # Words by which an error of another kind is known to come from a limit.

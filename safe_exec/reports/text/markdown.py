@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+from safe_exec.model.patterns import lazy_pattern
 from safe_exec.reports.text import common
 
-_MARKUP = re.compile(r"[&<>`*_\[\]#~|!^@]|(?<=:)//|(?<=www)\.")
+_MARKUP = lazy_pattern(r"[&<>`*_\[\]#~|!^@]|(?<=:)//|(?<=www)\.")
 
 
 def inert(text: str) -> str:

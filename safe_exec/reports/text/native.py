@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import posixpath
-import re
 from collections.abc import Iterator
 
 from safe_exec.model.evidence import NativeFrame
+from safe_exec.model.patterns import lazy_pattern
 from safe_exec.model.verdict import CrashCell, Verdict
 from safe_exec.reports.text import common
 
@@ -16,14 +16,14 @@ _VALUE_WIDTH = 60
 _NAME_WIDTH = 80
 
 # The functions by which a library ends its process say nothing about the fault that it found.
-_ENDS = re.compile(
+_ENDS = lazy_pattern(
     r"__pthread_kill_\w+|pthread_kill\w*|raise|gsignal|__GI_raise|abort|__GI_abort|__libc_message\w*"
     r"|malloc_printerr|__assert_fail\w*|__fortify_fail\w*|__stack_chk_fail\w*|__chk_fail"
     r"|__gnu_cxx::__verbose_terminate_handler.*|std::terminate.*|fatal_error\w*|_?Py_Fatal\w*"
 )
-_PACKAGE = re.compile(r"/(?:site|dist)-packages/([^/]+)/")
+_PACKAGE = lazy_pattern(r"/(?:site|dist)-packages/([^/]+)/")
 # The platform in the name of an extension module: `_ctypes.cpython-311-x86_64-linux-gnu.so`.
-_PLATFORM = re.compile(r"\.(?:cpython-\S+|abi3)\.so$")
+_PLATFORM = lazy_pattern(r"\.(?:cpython-\S+|abi3)\.so$")
 
 
 def summary(verdict: Verdict) -> str:
