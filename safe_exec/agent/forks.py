@@ -285,6 +285,12 @@ def silence(kernel):
             stream.write = len
             stream.flush = nothing
     kernel.session.send = nothing
+    history = getattr(kernel.shell, "history_manager", None)
+    if history is not None:
+        # IPython takes a database that it cannot write any more for a corrupt one, and moves the
+        # user's file away.
+        history.enabled = False
+        history.hist_file = ":memory:"
     sys.__stderr__ = sys.__stdout__ = open(os.devnull, "w")
 
 
