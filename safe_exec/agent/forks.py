@@ -11,11 +11,13 @@ channel. A state that does not survive a fork is not kept (``branching.py``).
 
 import asyncio
 import json
+import mmap
 import os
 import random
 import select
 import signal
 import socket
+import struct
 import sys
 import time
 import warnings
@@ -25,6 +27,7 @@ from .branching import files_in, inherited_state, threads, why_not_branchable
 # The names that the runner sends a source under are numbers; a message holds one source at most.
 MESSAGE_BYTES = 160_000
 LONGEST_TEXT = 2000
+LINE = struct.Struct("<Q")
 # What a process that cannot go on ends with; it says why in a message.
 GIVEN_UP = 70
 
@@ -111,10 +114,17 @@ class Server:
         self.watched, self.unwatched = (), ()
         self.files = None
         self.loop = None
+        # The line of the statement that runs, which its process need not live on to tell.
+        self.line = mmap.mmap(-1, LINE.size)
         inside.in_cell = False
+        inside.at = self.note_line
         detach(channel)
         silence(kernel)
         self.own = inherited_state(channel.fileno())
+
+    def note_line(self, line):
+        """Note the line of the statement that is about to run."""
+        LINE.pack_into(self.line, 0, line)
 
     def serve(self, channel):
         """Answer the runner until it closes the channel; return an exit status.
@@ -139,6 +149,7 @@ class Server:
 
     def run_in_fork(self, channel, message):
         """Run cells in a fork and tell how it ended; false if the runner has gone."""
+        self.note_line(0)
         pid = fork_quietly()
         if not pid:
             try:
@@ -157,7 +168,8 @@ class Server:
         if late is None:
             return False
         changed = files_in(self.watched, self.unwatched) != self.files
-        tell(channel, status=status, late=late, changed=changed)
+        line = LINE.unpack_from(self.line)[0]
+        tell(channel, status=status, late=late, changed=changed, line=line)
         return True
 
     def run(self, channel, cells, keep):

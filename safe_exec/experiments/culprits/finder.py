@@ -338,7 +338,7 @@ class Investigation:
         self.first_run.sink(
             events.SearchTrialStarted(time=self.elapsed(), number=self.number, cells=cells)
         )
-        answered = await self.oracle.answer(query, node=node, crash=len(cells) - 1)
+        answered = await self.oracle.answer(query, node=node, crash=len(cells) - 1, origins=cells)
         reply = reduction.judge(selection, answered.reply)
         self.report_trial(replace(query, cells=cells, best=cells), reply)
         return reply

@@ -51,12 +51,20 @@ SLACK_FACTOR, SLACK_SECONDS = 3.0, 2.0
 _MISSING = re.compile(r"name '([^']+)' is not defined")
 
 
+class ForkCell(Struct, frozen=True, kw_only=True):
+    """A cell as it runs in a fork: its index in the notebook, and its source or a part of it."""
+
+    index: int
+    source: str
+    may_raise: bool = False
+
+
 class ForkEnding(Struct, frozen=True, kw_only=True):
     """How the run of some cells in a fork ended.
 
     ``cell`` is the cell that ran last, ``error`` the name and text of the exception that it raised.
     ``status`` is the raw wait status, and ``passed`` says that all cells ran. ``odd`` is what a
-    fork cannot judge.
+    fork cannot judge. ``line`` is that of the last top-level statement, ``None`` if unknown.
     """
 
     cell: int | None
@@ -64,6 +72,7 @@ class ForkEnding(Struct, frozen=True, kw_only=True):
     passed: bool = False
     error: tuple[str, str] | None = None
     odd: str | None = None
+    line: int | None = None
 
 
 class ForkAnswer(Struct, frozen=True, kw_only=True):
@@ -73,6 +82,8 @@ class ForkAnswer(Struct, frozen=True, kw_only=True):
     ended: str
     stopped_at: int | None = None
     names: frozenset[str] = frozenset()
+    # Of a failure: the line of the top-level statement.
+    line: int | None = None
 
 
 def can_ask(failure: Failure) -> bool:
@@ -112,7 +123,9 @@ def cells_of_one_process(sources: Mapping[int, str]) -> frozenset[int]:
     return frozenset(cell for cell, source in sources.items() if _OF_ONE_PROCESS.search(source))
 
 
-def nearest(snapshots: Collection[tuple[int, ...]], cells: Sequence[int]) -> tuple[int, ...]:
+def nearest(
+    snapshots: Collection[tuple[ForkCell, ...]], cells: Sequence[ForkCell]
+) -> tuple[ForkCell, ...]:
     """Return the longest sequence of cells that a snapshot has run and that ``cells`` begin with."""
     fitting = (s for s in snapshots if tuple(cells[: len(s)]) == s and len(s) < len(cells))
     return max(fitting, key=len, default=())
@@ -152,7 +165,7 @@ def answer_of(failure: Failure, ending: ForkEnding) -> ForkAnswer | None:
         if ending.status != 0:
             return None
         return _of_error(failure, ending) if ending.error is not None else _PASS
-    return _of_death(failure, ending.cell, ending.status)
+    return _of_death(failure, ending, ending.status)
 
 
 _PASS = ForkAnswer(outcome=Outcome.PASS, ended=PASSED)
@@ -172,7 +185,7 @@ def _of_error(failure: Failure, ending: ForkEnding) -> ForkAnswer | None:
         and not missing - set(failure.missing)
     )
     if is_same:
-        return ForkAnswer(outcome=Outcome.FAIL, ended=failure.kind.value)
+        return _failure(failure, ending)
     return ForkAnswer(
         outcome=Outcome.UNRESOLVED,
         ended=CauseKind.EXCEPTION.value,
@@ -181,14 +194,18 @@ def _of_error(failure: Failure, ending: ForkEnding) -> ForkAnswer | None:
     )
 
 
-def _of_death(failure: Failure, cell: int, status: int) -> ForkAnswer | None:
+def _failure(failure: Failure, ending: ForkEnding) -> ForkAnswer:
+    return ForkAnswer(outcome=Outcome.FAIL, ended=failure.kind.value, line=ending.line)
+
+
+def _of_death(failure: Failure, ending: ForkEnding, status: int) -> ForkAnswer | None:
     # Negative, as everywhere in verdicts.
     signal = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
     exit_code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
     is_same = (
         failure.kind is not CauseKind.EXCEPTION
-        and cell == failure.cell
+        and ending.cell == failure.cell
         and (signal, exit_code) == (failure.signal, failure.exit_code)
     )
     # Another death may be another form of the failure: its cause takes all the evidence.
-    return ForkAnswer(outcome=Outcome.FAIL, ended=failure.kind.value) if is_same else None
+    return _failure(failure, ending) if is_same else None

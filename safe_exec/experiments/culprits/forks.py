@@ -25,6 +25,7 @@ from msgspec.structs import replace
 from safe_exec.experiments.culprits.fork_answers import (
     MOST_SNAPSHOTS,
     ForkAnswer,
+    ForkCell,
     ForkEnding,
     answer_of,
     can_ask,
@@ -89,7 +90,10 @@ class Forks:
         self._handover: RootHandover | None = None
         self._task: asyncio.Task[TrialResult] | None = None
         # The channels to root and snapshots, by the cells that they have run; last used last.
-        self._channels: dict[tuple[int, ...], ForkChannel] = {}
+        self._channels: dict[tuple[ForkCell, ...], ForkChannel] = {}
+        # The numbers under which the forks know cells, and those that each of them knows.
+        self._numbers: dict[ForkCell, int] = {}
+        self._received: dict[ForkChannel, set[int]] = {}
 
     def _why_never(self) -> str | None:
         request = self._subject.request
@@ -109,16 +113,25 @@ class Forks:
         states = ", ".join(self._unbranchable)
         return f"states that do not survive a fork: {states}" if states else None
 
-    async def answer(self, cells: Sequence[int], time_budget: float) -> ForkAnswer | None:
+    def cells_of(self, indexes: Sequence[int], sources: Sequence[str] = ()) -> list[ForkCell]:
+        """Return the cells to run, as they are in the notebook, or with parts of their sources."""
+        texts = sources or [self._sources.get(index, "") for index in indexes]
+        return [
+            ForkCell(index=index, source=text, may_raise=self._may_raise(index))
+            for index, text in zip(indexes, texts, strict=True)
+            if index in self._sources
+        ]
+
+    async def answer(self, cells: Sequence[ForkCell], time_budget: float) -> ForkAnswer | None:
         """Run cells in a fork; ``None`` if only a trial from scratch can tell how they end."""
         if self.ended is not None:
             return None
-        if self._with_files & set(cells):
+        if any(cell.index in self._with_files for cell in cells):
             return None
         try:
             if self._task is None:
                 await self._start()
-            ending = await self._run([c for c in cells if c in self._sources], time_budget)
+            ending = await self._run(cells, time_budget)
         except ForksFailed as reason:
             await self.end(str(reason))
             return None
@@ -144,6 +157,7 @@ class Forks:
         for channel in self._channels.values():
             channel.close()
         self._channels.clear()
+        self._received.clear()
         if self._handover is not None:
             self._handover.close()
         task, self._task = self._task, None
@@ -158,7 +172,7 @@ class Forks:
     # --- the kernel -------------------------------------------------------------------------------
 
     async def _start(self) -> None:
-        """Start the kernel, and hand the sources to its root. Raises ForksFailed."""
+        """Start the kernel and its root. Raises ForksFailed."""
         handover = self._handover = RootHandover()
         request = self._request(handover)
         self._task = asyncio.create_task(Trial(request).run())
@@ -170,15 +184,23 @@ class Forks:
         ready = await self._receive(channel, time.monotonic() + READY_SECONDS)
         if not ready.fields.get("files"):
             raise ForksFailed("too many files to watch")
-        for cell, source in self._sources.items():
-            may_raise = cell in request.may_raise or "raises-exception" in self._tags(cell)
-            fields = {"cell": cell, "source": source, "may_raise": may_raise}
-            if not await channel.send(REPORT_SECONDS, **fields):
-                raise ForksFailed("a cell is too long")
         self._channels[()] = channel
+        self._received[channel] = set()
 
-    def _tags(self, cell: int) -> list[str]:
-        return list(self._subject.node.cells[cell].metadata.get("tags", []))
+    def _may_raise(self, index: int) -> bool:
+        tags = self._subject.node.cells[index].metadata.get("tags", [])
+        return index in self._subject.request.may_raise or "raises-exception" in tags
+
+    async def _hand_over(self, channel: ForkChannel, cells: Sequence[ForkCell]) -> list[int]:
+        """Send the sources that a fork does not know; return the cells' numbers. Raises ForksFailed."""
+        received = self._received[channel]
+        numbers = [self._numbers.setdefault(cell, len(self._numbers)) for cell in cells]
+        for number, cell in zip(numbers, cells, strict=True):
+            fields = {"cell": number, "source": cell.source, "may_raise": cell.may_raise}
+            if number not in received and not await channel.send(REPORT_SECONDS, **fields):
+                raise ForksFailed("a cell is too long")
+            received.add(number)
+        return numbers
 
     def _request(self, handover: RootHandover) -> TrialRequest:
         node: Any = copy.deepcopy(self._subject.node)
@@ -199,23 +221,25 @@ class Forks:
 
     # --- one run ----------------------------------------------------------------------------------
 
-    async def _run(self, cells: list[int], time_budget: float) -> ForkEnding:
+    async def _run(self, cells: Sequence[ForkCell], time_budget: float) -> ForkEnding:
         """Run cells in a fork of the nearest snapshot. Raises ForksFailed."""
         prefix = nearest(self._channels, cells)
         channel = self._channels[prefix] = self._channels.pop(prefix)
         remaining = cells[len(prefix) :]
-        seconds = [self._subject.seconds.get(cell, 0.0) for cell in remaining]
+        seconds = [self._subject.seconds.get(cell.index, 0.0) for cell in remaining]
         allowed = seconds_allowed(seconds, time_budget)
         keep = positions_to_keep(seconds, self._room(), self._last_to_keep(remaining))
-        if not await channel.send(REPORT_SECONDS, cells=remaining, keep=keep, seconds=allowed):
+        numbers = await self._hand_over(channel, remaining)
+        if not await channel.send(REPORT_SECONDS, cells=numbers, keep=keep, seconds=allowed):
             raise ForksFailed("a fork does not answer")
         return await self._ending(
             channel, tuple(cells), len(prefix), time.monotonic() + allowed + REPORT_SECONDS
         )
 
-    def _last_to_keep(self, cells: Sequence[int]) -> int:
+    def _last_to_keep(self, cells: Sequence[ForkCell]) -> int:
         """Return the position of the first cell after which another process is not the same."""
-        return next((n for n, c in enumerate(cells) if c in self._of_one_process), len(cells) - 1)
+        positions = (n for n, c in enumerate(cells) if c.index in self._of_one_process)
+        return next(positions, len(cells) - 1)
 
     def _room(self) -> int:
         """Return how many snapshots the next run may leave; old ones make room for some."""
@@ -225,11 +249,13 @@ class Forks:
             most = max(0, min(most, processes - OTHER_PROCESSES))
         snapshots = [cells for cells in self._channels if cells]
         for cells in snapshots[: max(0, len(snapshots) - most * 2 // 3)]:
-            self._channels.pop(cells).close()
+            channel = self._channels.pop(cells)
+            del self._received[channel]
+            channel.close()
         return most - sum(1 for cells in self._channels if cells)
 
     async def _ending(
-        self, channel: ForkChannel, cells: tuple[int, ...], skipped: int, deadline: float
+        self, channel: ForkChannel, cells: tuple[ForkCell, ...], skipped: int, deadline: float
     ) -> ForkEnding:
         """Follow a run to its end. Raises ForksFailed."""
         ending = ForkEnding(cell=None, status=None)
@@ -237,11 +263,12 @@ class Forks:
             message = await self._receive(channel, deadline)
             fields = message.fields
             if message.channel is not None:
-                self._add_snapshot(message.channel, cells[: skipped + _number(fields, "snapshot")])
+                prefix = cells[: skipped + _number(fields, "snapshot")]
+                self._add_snapshot(message.channel, prefix, self._received[channel])
             if "unbranchable" in fields and len(self._unbranchable) < MOST_REASONS:
                 self._unbranchable[str(fields["unbranchable"])[:LONGEST_REASON]] = None
             elif "begins" in fields:
-                ending = replace(ending, cell=_number(fields, "begins"))
+                ending = replace(ending, cell=self._index_of(_number(fields, "begins")))
             elif "error" in fields:
                 ending = replace(ending, error=_error(fields))
             elif "passed" in fields:
@@ -251,11 +278,20 @@ class Forks:
             elif "status" in fields:
                 return await self._finish(ending, fields)
 
-    def _add_snapshot(self, channel: ForkChannel, cells: tuple[int, ...]) -> None:
+    def _index_of(self, number: int) -> int:
+        index = next((cell.index for cell, n in self._numbers.items() if n == number), None)
+        if index is None:
+            raise ForksFailed("a fork tells nonsense")
+        return index
+
+    def _add_snapshot(
+        self, channel: ForkChannel, cells: tuple[ForkCell, ...], received: set[int]
+    ) -> None:
         if cells in self._channels or len(self._channels) > MOST_SNAPSHOTS:
             channel.close()
         else:
             self._channels[cells] = channel
+            self._received[channel] = set(received)
 
     async def _finish(self, ending: ForkEnding, fields: Mapping[str, Any]) -> ForkEnding:
         """Judge a run whose process has ended, and whether there can be others after it."""
@@ -267,8 +303,12 @@ class Forks:
         if fields.get("changed"):
             # The run itself began with the files as they were.
             await self.end("cells change files")
-        status = fields["status"]
-        return replace(ending, status=status if isinstance(status, int) else None)
+        status, line = fields["status"], fields.get("line")
+        return replace(
+            ending,
+            status=status if isinstance(status, int) else None,
+            line=line if isinstance(line, int) and line > 0 else None,
+        )
 
     async def _receive(self, channel: ForkChannel, deadline: float) -> Any:
         """Return the next message. Raises ForksFailed if there is none in time, or never will be."""

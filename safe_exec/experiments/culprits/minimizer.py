@@ -557,6 +557,7 @@ def search(problem: Problem) -> Search:
         dynamic_deps=frozenset(best or ()) - problem.slice if tally.fails else frozenset(),
         endings=dict(+tally.endings),
         several_forms=searcher.several_forms,
+        quick=tally.quick,
     )
 
 

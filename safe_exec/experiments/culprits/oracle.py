@@ -28,7 +28,7 @@ from safe_exec.cache import key_of
 from safe_exec.diagnosis.verdict import without_plumbing
 from safe_exec.experiments.culprits import failure as failures
 from safe_exec.experiments.culprits.failure import TIMES, Failure
-from safe_exec.experiments.culprits.fork_answers import ForkAnswer
+from safe_exec.experiments.culprits.fork_answers import ForkAnswer, ForkCell
 from safe_exec.experiments.culprits.forks import Forks
 from safe_exec.experiments.culprits.hang import HangPicture, seconds_until_recognised
 from safe_exec.experiments.culprits.protocol import PASSED, Outcome, Query, Reply
@@ -146,7 +146,7 @@ class Oracle:
         # or a recognised hang, has led the search astray.
         self.forked = 0
         self.misled = False
-        self._forked_sets: set[tuple[int, ...]] = set()
+        self._forked_sets: set[tuple[ForkCell, ...]] = set()
         self._forks = Forks(subject, workspaces)
         self._folder = workspaces.snapshot.fingerprint()
         self._next: _Started | None = None
@@ -159,12 +159,18 @@ class Oracle:
             await started.trial.discard()
 
     async def answer(
-        self, query: Query, *, node: Any | None = None, crash: int | None = None
+        self,
+        query: Query,
+        *,
+        node: Any | None = None,
+        crash: int | None = None,
+        origins: tuple[int, ...] | None = None,
     ) -> AnsweredQuery:
-        """Answer a query from the cache or by a trial.
+        """Answer a query from the cache, in a fork or by a trial.
 
         With ``node``, the trial runs the whole of that other notebook, in which ``crash`` is the
-        index of the crash cell. Raises RerunFailed if trials cannot be run.
+        index of the crash cell. If its cells are parts of the notebook's, ``origins`` are the
+        indexes of those. Raises RerunFailed if trials cannot be run.
         """
         # The key covers everything that an answer depends on, so entries never become stale.
         key = self._key(query, node)
@@ -173,12 +179,15 @@ class Oracle:
             self.cached += 1
             return _from_cache(entry)
         start_time = time.monotonic()
-        forked = None if query.fresh or node is not None else await self._ask_fork(query)
+        cells = self._cells_of(query, node, origins)
+        forked = None if query.fresh else await self._ask_fork(cells, query.time_budget)
         if forked is not None and self._is_believed(forked):
+            if forked.outcome is Outcome.FAIL:
+                self._forked_sets.add(cells)
             return self._from_fork(query, forked, time.monotonic() - start_time)
         self.trials += 1
         answered, keep = await self._run(query, node, crash, start_time)
-        await self._compare(query, answered.reply, forked)
+        await self._compare(query, answered.reply, cells, forked)
         if keep and self.cache is not None:
             self.cache.put(key, _to_cache(answered))
         return answered
@@ -218,15 +227,23 @@ class Oracle:
 
     def is_forked_only(self, cells: tuple[int, ...]) -> bool:
         """Tell whether a set failed in a fork, and never in a run from scratch."""
-        return cells in self._forked_sets
+        return tuple(self._forks.cells_of(cells)) in self._forked_sets
 
     @property
     def fork_note(self) -> str | None:
         """Why there were no answers from forks, or not from all states."""
         return self._forks.note
 
-    async def _ask_fork(self, query: Query) -> ForkAnswer | None:
-        answer = await self._forks.answer(query.cells, query.time_budget)
+    def _cells_of(
+        self, query: Query, node: Any | None, origins: tuple[int, ...] | None
+    ) -> tuple[ForkCell, ...]:
+        """Return the cells of a query as a fork runs them; a confirmation runs the same ones."""
+        if origins is None or node is None:
+            return tuple(self._forks.cells_of(query.cells))
+        return tuple(self._forks.cells_of(origins, [str(cell.source) for cell in node.cells]))
+
+    async def _ask_fork(self, cells: tuple[ForkCell, ...], time_budget: float) -> ForkAnswer | None:
+        answer = await self._forks.answer(cells, time_budget)
         if self._forks.is_running:
             # The result is confirmed from scratch: that kernel can start meanwhile.
             await self._start_next()
@@ -239,8 +256,6 @@ class Oracle:
 
     def _from_fork(self, query: Query, answer: ForkAnswer, seconds: float) -> AnsweredQuery:
         self.forked += 1
-        if answer.outcome is Outcome.FAIL:
-            self._forked_sets.add(query.cells)
         reply = Reply(
             answer=answer.outcome,
             seconds=min(seconds, query.time_budget),
@@ -248,10 +263,17 @@ class Oracle:
             names=answer.names,
             ended=answer.ended,
             from_scratch=False,
+            line=answer.line,
         )
         return AnsweredQuery(reply=reply, happened=answer.ended)
 
-    async def _compare(self, query: Query, reply: Reply, forked: ForkAnswer | None) -> None:
+    async def _compare(
+        self,
+        query: Query,
+        reply: Reply,
+        cells: tuple[ForkCell, ...],
+        forked: ForkAnswer | None,
+    ) -> None:
         """Compare a run from scratch and to the end with what was found in a quicker way."""
         if reply.cut:
             return
@@ -265,12 +287,12 @@ class Oracle:
             # The cell is slow and does not hang: what looks the same here is not the same.
             self.disagreements += 1
             self.recognises, self.misled = False, True
-        if query.cells in self._forked_sets and not fails:
+        if cells in self._forked_sets and not fails:
             self.disagreements += 1
             self.misled = True
             await self._forks.end("a run from scratch ended in another way")
         self._recognised_sets.discard(query.cells)
-        self._forked_sets.discard(query.cells)
+        self._forked_sets.discard(cells)
 
     # --- one trial --------------------------------------------------------------------------------
 

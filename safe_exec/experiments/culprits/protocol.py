@@ -161,6 +161,8 @@ class Result(Struct, frozen=True, kw_only=True):
     endings: Mapping[str, int] = field(default_factory=dict)
     # Similar failures counted as the same one, since the same cells produced both.
     several_forms: bool = False
+    # How often the set failed as well, but not in a run from scratch and to the end.
+    quick: int = 0
 
 
 Search = Generator[Query, Reply, Result]

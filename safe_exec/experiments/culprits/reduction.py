@@ -27,7 +27,7 @@ from safe_exec.experiments.static_analysis.dependencies import Dependencies, rea
 from safe_exec.experiments.static_analysis.names import USUAL
 from safe_exec.experiments.static_analysis.side_effects import writes_file
 
-# What a run must have shown at least so often to count as certain.
+# What must have been seen so often to count as certain, and once at least in a run from scratch.
 CONFIRMATIONS = 2
 
 
@@ -234,7 +234,8 @@ class Reduction:
     def apply(self, depth: int, result: Result) -> bool:
         """Keep the pieces that a search shows to be needed; false if that is not certain."""
         failures, runs = result.reproduced
-        if not result.cells or failures < runs or runs < CONFIRMATIONS:
+        certain = failures == runs > 0 and runs + result.quick >= CONFIRMATIONS
+        if not result.cells or not certain:
             return False
         self.selection = self.with_chosen(depth, result.cells)
         return True

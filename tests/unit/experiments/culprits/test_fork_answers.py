@@ -13,6 +13,7 @@ from safe_exec.experiments.culprits.failure import Failure
 from safe_exec.experiments.culprits.fork_answers import (
     LEAST_SECONDS,
     ForkAnswer,
+    ForkCell,
     ForkEnding,
     answer_of,
     can_ask,
@@ -57,6 +58,10 @@ class Row:
     answer: tuple[Outcome, str] | None
     stopped_at: int | None = None
     names: frozenset[str] = frozenset()
+
+
+def cells(*indexes: int) -> tuple[ForkCell, ...]:
+    return tuple(ForkCell(index=index, source=f"x{index} = 1") for index in indexes)
 
 
 def ended(status: int | None, cell: int | None = CRASH, **fields: object) -> ForkEnding:
@@ -162,6 +167,12 @@ def test_which_failures_a_fork_can_tell(subject: Failure, *, expected: bool) -> 
     assert can_ask(subject) is expected
 
 
+def test_a_failure_tells_its_line() -> None:
+    answer = answer_of(SEGFAULT, ended(11, line=7))
+    assert answer is not None
+    assert answer.line == 7
+
+
 def test_cells_that_write_files_directly_or_by_a_function_of_the_notebook() -> None:
     sources = {
         0: "import pandas as pd\nframe = pd.read_csv('a.csv')",
@@ -191,11 +202,14 @@ def test_cells_after_which_another_process_is_not_the_same(source: str, *, expec
 
 
 def test_a_run_starts_from_the_longest_sequence_that_it_begins_with() -> None:
-    snapshots = [(), (0,), (0, 1), (0, 2), (0, 1, 3, 4)]
-    assert nearest(snapshots, (0, 1, 3, 5)) == (0, 1)
-    assert nearest(snapshots, (1, 3)) == ()
+    snapshots = [cells(), cells(0), cells(0, 1), cells(0, 2), cells(0, 1, 3, 4)]
+    assert nearest(snapshots, cells(0, 1, 3, 5)) == cells(0, 1)
+    assert nearest(snapshots, cells(1, 3)) == ()
     # One cell at least has to run in the fork.
-    assert nearest(snapshots, (0, 1, 3, 4)) == (0, 1)
+    assert nearest(snapshots, cells(0, 1, 3, 4)) == cells(0, 1)
+    # A part of a cell is another cell.
+    part = ForkCell(index=1, source="")
+    assert nearest(snapshots, (*cells(0), part, *cells(3))) == cells(0)
 
 
 def test_snapshots_are_kept_after_work() -> None:
