@@ -108,7 +108,7 @@ def _reason(problem: OSError | ValueError) -> str:
 
 
 def _system_text(problem: OSError | ValueError) -> str:
-    """Return the system's error text, or an own one for names that never reached the system."""
+    """Return the system's error text, or ours for a name that no system call takes."""
     if isinstance(problem, UnicodeEncodeError):
         return f"its name is not {problem.encoding.upper()} text"
     if isinstance(problem, ValueError):

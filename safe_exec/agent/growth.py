@@ -25,7 +25,7 @@ class Growth:
         self.last_bytes = current
 
     def at_statement(self, current, row):
-        """Charge what the previous statement allocated, and set the statement that begins."""
+        """Charge the allocations of the previous statement to it, and set the one that begins."""
         self.charge(current)
         self.frames = (row,)
 

@@ -1,4 +1,4 @@
-"""Enumerates the places that may hold memory: variables first, then what has no variable."""
+"""Enumerates the places that may hold memory: variables first, then objects without a variable."""
 
 import gc
 import itertools

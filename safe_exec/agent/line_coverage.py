@@ -186,7 +186,7 @@ class LineCoverage:
     # --- rows -------------------------------------------------------------------------------------
 
     def save(self):
-        """Have what was recorded until now written, and wait for it."""
+        """Have the record so far written, and wait for it."""
         if self.inside.child:
             return
         with self.changed:

@@ -113,7 +113,7 @@ def isinstance_exact(thing, kinds):
 
 
 def shallow_bytes(thing):
-    """Return the bytes of an object without what it refers to."""
+    """Return the bytes of an object alone, without the objects that it refers to."""
     kind = type(thing)
     try:
         size = size_method(kind)(thing)
@@ -167,7 +167,7 @@ class Part:
 
 
 class Walk:
-    """Adds up what objects hold. Each object and each buffer counts once in the life of a walk."""
+    """Adds up the memory of objects. Each object and each buffer counts once in a walk."""
 
     def __init__(self, residency, seconds, handlers, skipped=()):
         self.residency = residency
@@ -245,7 +245,7 @@ class Walk:
         return handler
 
     def add_elements(self, elements, total, part, waiting):
-        """Count the elements of a container, or some of them for all."""
+        """Count the elements of a container; of a large one, extrapolate from some of them."""
         count = len(elements)
         if not count:
             return
@@ -275,7 +275,7 @@ class Walk:
         waiting.extend((element, scale, allowance) for element in elements)
 
     def add(self, things, part, waiting):
-        """Count what an object refers to."""
+        """Count the objects that an object refers to."""
         waiting.extend((thing, part.weight, part.allowance) for thing in things)
 
     def buffer(self, key, address, size, part):

@@ -156,7 +156,7 @@ def quick_write(inside, stream, slow_write, ours):
     samples = 0
 
     def unread(start, gap, newline):
-        """Ask the pipe, and learn from what that takes."""
+        """Tell whether the pipe has data, and adapt the threshold to the time that this takes."""
         nonlocal threshold, shortest_gap, shortest_poll, samples
         if stream._unread(0, 1):
             return True

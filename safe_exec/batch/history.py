@@ -47,7 +47,7 @@ class History:
         return cls(None)
 
     def get(self, notebook: Path) -> RunHistory:
-        """Return what is known of a notebook."""
+        """Return the record of earlier runs of a notebook."""
         # Any error means no history: the file may be of another version, or cut short.
         try:
             return msgspec.json.decode(self._file(notebook).read_bytes(), type=RunHistory)
@@ -55,7 +55,7 @@ class History:
             return RunHistory()
 
     def put(self, notebook: Path, record: RunHistory) -> None:
-        """Replace what is known of a notebook."""
+        """Replace the record of earlier runs of a notebook."""
         # Best effort: a full disk or a read-only home costs the next batch some time, nothing else.
         with contextlib.suppress(OSError):
             write_atomically(

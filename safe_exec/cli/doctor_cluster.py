@@ -112,7 +112,7 @@ def _diagnosis(address: str, worker: Mapping[str, Any], answer: Any) -> WorkerDi
 
 
 def report(workers: list[WorkerDiagnosis], style: Style) -> Iterator[str]:
-    """Yield the lines: one row for each worker, then what differs and what is wrong."""
+    """Yield the lines: one row for each worker, then the differences and the problems."""
     machines = {worker.machine for worker in workers if worker.machine}
     yield style.paint(
         "bold",

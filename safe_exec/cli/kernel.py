@@ -76,7 +76,7 @@ def command(
     no_history: bool,
     arguments: tuple[str, ...],
 ) -> int:
-    """Run a kernel inside limits for whoever wrote the connection file.
+    """Run a kernel inside limits for the client that wrote the connection file.
 
     Jupyter clients call this; `safe-exec kernelspec install` tells them to. Settings of an ipykernel that a client adds
     (--HistoryManager.hist_file=:memory:) go to the kernel. When the kernel dies, the running cell gets the

@@ -1,4 +1,4 @@
-"""Concludes from the kernel's censuses what held the memory. Pure.
+"""Finds the holders of memory in the kernel's censuses. Pure.
 
 The censuses are the kernel's word; the peak was measured outside and bounds them all.
 """
@@ -48,7 +48,7 @@ LEAST_CELL_SHARE = 0.02
 
 
 def memory_use(context: Context, cause: Cause | None) -> MemoryUse | None:
-    """Return what held the memory; ``None`` if it was not short or nothing is known."""
+    """Return the holders of memory; ``None`` if memory was not short, or nothing is known."""
     censuses, peak = context.evidence.censuses, context.evidence.memory_peak
     if not censuses or not _is_short(context, cause):
         return None
@@ -106,7 +106,7 @@ def _settled(censuses: tuple[Census, ...]) -> Census | None:
 
 
 def _native_bytes(censuses: tuple[Census, ...], most: int) -> int | None:
-    """Return what no Python object held between two cells; ``None`` if no census looked at all.
+    """Return the memory outside of Python objects between two cells; ``None`` without a census.
 
     If the last one had no time for all holders, an earlier one shows a part of it.
     """
@@ -200,9 +200,9 @@ def _unnamed(context: Context, last: Census, native: int, others: Holder | None)
 def _lines(
     context: Context, last: Census, unnamed: Holder | None, others: Holder | None
 ) -> tuple[AllocationLine, ...]:
-    """Return the lines that allocated what was there at the end, the largest first.
+    """Return the lines that allocated the memory in use at the end, the largest first.
 
-    What came after the last census belongs to the line that ran at the end.
+    Growth after the last census is charged to the line that ran at the end.
     """
     sums: dict[tuple[CensusSite, ...], int] = {}
     peak, location = context.evidence.memory_peak, context.evidence.location

@@ -392,7 +392,7 @@ class Inner(Trial):
             await asyncio.sleep(0.001)
 
     async def ending_by_death(self, index: int | None) -> Ending:
-        """How a dead kernel ended; its last unsent output is then in ``recovered``."""
+        """Return the ending of a dead kernel; its last unsent output is then in ``recovered``."""
         self._stop_sampling()
         return await self._cells.ending_by_death(index)
 

@@ -154,7 +154,7 @@ class Bubblewrap:
         return bool(select.select([self.status], [], [], seconds)[0])
 
     def receive(self) -> tuple[dict[str, Any], int]:
-        """Return a message and its sender's pid out here."""
+        """Return a message, and its sender's pid as seen outside the sandbox."""
         # The message is empty at the end of the socket, and for anything that the init does not
         # send.
         room = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(MOST_DESCRIPTORS * _INT.size)
@@ -199,9 +199,9 @@ class Bubblewrap:
 
 
 def _protect_devices(paths: tuple[str, ...]) -> None:
-    """Mount devices that bubblewrap shall show read-only on themselves.
+    """Bind-mount devices onto themselves, read-only.
 
-    Its own mounts inherit that.
+    bubblewrap's own mounts of them inherit the flag.
     """
     if not paths:
         return

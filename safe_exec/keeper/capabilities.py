@@ -34,7 +34,8 @@ class _Sets(ctypes.Structure):
 def give_up(*, for_uid: int | None) -> None:
     """Empty every capability set of the calling thread; ``for_uid`` is the user to become.
 
-    Raises OSError that names what failed. The bounding set can only be emptied with CAP_SETPCAP; in
+    Raises OSError that names the step that failed. The bounding set can only be emptied with
+    CAP_SETPCAP; in
     a container without it the set stays, and no_new_privs, which comes with the filter of system
     calls, keeps an execution from giving any of it back.
     """
@@ -64,7 +65,7 @@ def give_up(*, for_uid: int | None) -> None:
 
 
 def _set(libc: ctypes.CDLL, capabilities: int) -> None:
-    """Leave only those in ``capabilities`` effective and permitted, and none inheritable."""
+    """Make ``capabilities`` effective and permitted, all others neither, and none inheritable."""
     sets = (_Sets * 2)(_Sets(capabilities, capabilities, 0), _Sets(0, 0, 0))
     _check(libc.capset(ctypes.byref(_Header(VERSION_3, 0)), sets), "give up capabilities")
 

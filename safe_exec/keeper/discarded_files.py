@@ -105,9 +105,9 @@ def is_passing_at_top(kind: str, name: str, mode: int, *, mode_tells: bool) -> b
 
 
 class Listing:
-    """The files found, by the entry right below a place that they lie in.
+    """The files of a place, by the entry directly below the place that contains them.
 
-    Within one budget of time and entries.
+    The listing ends when its budget of time or of entries is used up.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Listing:
         is_old: Callable[[str, os.stat_result], bool] | None = None,
         is_kept: Callable[[int, str, int], bool] | None = None,
     ) -> None:
-        """List what lies below the directory ``fd``; ``place`` is what the notebook calls it.
+        """List the files below the directory ``fd``; ``place`` is its path in the notebook.
 
         ``skip`` are paths in it that are none of the notebook's: mount points. ``is_old`` says
         whether a file was there before; ``is_kept`` copies a file and says whether it did.
@@ -165,7 +165,7 @@ class Listing:
     ) -> Iterator[tuple[str, os.stat_result]]:
         """The regular files by their path below ``root``, outer ones first in each directory.
 
-        Its own file system only.
+        Other file systems below it are left out.
         """
         device = os.fstat(root).st_dev
         todo = [("", os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root))]

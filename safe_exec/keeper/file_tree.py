@@ -29,7 +29,7 @@ Fingerprint = tuple[object, ...]
 
 
 def fingerprint(path: Path, status: os.stat_result) -> Fingerprint:
-    """Return what tells whether an entry has changed. Raises OSError for a link that is gone."""
+    """Return attributes that differ if an entry has changed. Raises OSError for a lost link."""
     kind = stat.S_IFMT(status.st_mode)
     if stat.S_ISLNK(status.st_mode):
         return kind, os.readlink(path)

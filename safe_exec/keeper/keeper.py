@@ -244,7 +244,7 @@ class Keeper:
                     self.read_kernel_ending()
 
     def next_check_ms(self) -> int | None:
-        """Carry out what is due, and return the milliseconds until more is."""
+        """Carry out the actions that are due, and return the milliseconds until the next one."""
         memory_check = self.check_memory()
         remaining = self.crash_output.hold_remaining()
         if remaining is None:
@@ -306,7 +306,7 @@ class Keeper:
             self.plan = self.plan._replace(cleanup_if_runner_dies=request.cleanup_if_runner_dies)
 
     def start(self, plan: Spawn) -> None:
-        """Build the sandbox and start the kernel, or report what failed.
+        """Build the sandbox and start the kernel, or report the step that failed.
 
         The runner ends us then.
         """
@@ -528,7 +528,7 @@ class Keeper:
         self.send(protocol.Trouble(message=message))
 
     def shutdown(self) -> None:
-        """Kill what lives, remove what we made, and report what remains."""
+        """Kill all processes, remove everything that we made, and report the remains."""
         if self.reason is None and not self.exited:
             self.reason = "shutdown"
         surviving_pids = self.kill_tree()

@@ -1,4 +1,4 @@
-"""Walls that any process can put around itself, where no namespace is to be had: Landlock.
+"""Landlock: walls that any process can put around itself, for hosts without namespaces.
 
 Linux only; standard library only.
 
@@ -74,7 +74,7 @@ PR_SET_NO_NEW_PRIVS = 38
 
 
 class Handled(NamedTuple):
-    """struct landlock_ruleset_attr: what is forbidden where no rule allows it."""
+    """struct landlock_ruleset_attr: kinds of access that need a rule to be allowed."""
 
     files: int
     net: int
@@ -174,7 +174,7 @@ def abi() -> int:
 def restrict(*, readable: Iterable[str], writable: Iterable[str], tcp: bool | None) -> None:
     """Restrict this process irrevocably; ``tcp=False`` refuses TCP, otherwise TCP stays as it is.
 
-    Raises OSError that names what failed.
+    Raises OSError that names the step that failed.
     """
     # Paths are followed where they are links. Those that are missing, or that we cannot get at, are
     # left out: that forbids more, not less.

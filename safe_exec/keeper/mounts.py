@@ -31,7 +31,7 @@ Mount = Mapping[str, str]
 def enter(mounts: Iterable[Mount], *, user_namespace: bool) -> None:
     """Enter new namespaces and make the mounts.
 
-    Raises OSError that names what could not be mounted.
+    Raises OSError that names the mount that failed.
     """
     uid, gid = os.geteuid(), os.getegid()
     _call(

@@ -258,10 +258,10 @@ def signal_group(pid: int, signum: int) -> None:
 def kill_descendants(root: int, *, deadline: float, reap: Callable[[], bool]) -> list[int]:
     """Kill every descendant of ``root`` (a subreaper, so that orphans stay its descendants).
 
-    All are stopped before any is killed: a process that forks faster than we read /proc would else
-    outrun us. ``reap`` collects zombies and says whether any child is left. Returns the pids that
-    outlived ``deadline`` (``time.monotonic`` seconds): a process in uninterruptible sleep cannot be
-    killed at once.
+    All are stopped before any is killed: otherwise a process that forks faster than we read /proc
+    would outrun us. ``reap`` collects zombies and says whether any child is left. Returns the pids
+    that outlived ``deadline`` (``time.monotonic`` seconds): a process in uninterruptible sleep
+    cannot be killed at once.
     """
     while True:
         alive = [

@@ -19,7 +19,7 @@ from safe_exec.keeper.child import KernelCommand
 
 
 class Delegation(NamedTuple):
-    """A cgroup that shall delegate controllers; its own processes move to ``leaf`` first."""
+    """A cgroup that must delegate controllers; its own processes move to ``leaf`` first."""
 
     group: str
     leaf: str
@@ -142,7 +142,7 @@ class KeptFile(NamedTuple):
 
 
 class Note(NamedTuple):
-    """The file that says what this sandbox makes; the keeper removes it last."""
+    """The file that lists everything this sandbox makes; the keeper removes it last."""
 
     path: str
 
@@ -354,7 +354,7 @@ class ProtocolError(ValueError):
 
 
 class LineBuffer:
-    """Splits what comes from the socket into lines; the last, unfinished one waits for its rest."""
+    """Splits the bytes from the socket into lines; the last, unfinished one waits for its rest."""
 
     def __init__(self) -> None:
         self._unfinished = b""

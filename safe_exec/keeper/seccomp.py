@@ -1,4 +1,4 @@
-"""Puts a process under a filter of system calls (seccomp(2)), for good.
+"""Filters the system calls of a process, irrevocably (seccomp(2)).
 
 Linux only; standard library only. The child calls :func:`install` as the last thing before it
 executes the kernel. Everything that comes from it carries the filter, through fork and exec, and
@@ -22,7 +22,7 @@ INSTRUCTION_BYTES = 8
 def install(program: bytes) -> None:
     """Put the calling thread, and all that will come from it, under a filter for good.
 
-    Raises OSError that names what failed.
+    Raises OSError that names the step that failed.
     """
     # Without no_new_privs, a filter could mislead a set-user-id program. With it, sudo and its like
     # stay the user who called them.

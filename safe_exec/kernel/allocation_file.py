@@ -27,14 +27,14 @@ LEAST_RESERVED_BYTES = 256 << 20
 
 
 class Recording(Struct, frozen=True, kw_only=True):
-    """What memray recorded, or why that could not be read."""
+    """The recording of memray, or the reason why it could not be read."""
 
     lines: tuple[CensusLine, ...] = ()
     error: str | None = None
 
 
 def can_read_allocations() -> bool:
-    """Whether memray is installed here, to read what one in the kernel recorded."""
+    """Whether memray is installed here, which reads the recordings of one in the kernel."""
     return find_spec("memray") is not None
 
 
@@ -60,7 +60,7 @@ class AllocationFile:
             socket.send_fds(facts, [b"allocations"], [self._file.fileno()])
 
     def read(self, code: CellCode, peak: int | None) -> Recording:
-        """Return what each stack of cell lines had allocated at the end, the largest first.
+        """Return the memory that each stack of cell lines holds at the end, the largest first.
 
         Empty without an error if nothing was recorded: the kernel's environment has no memray.
         ``peak`` is the memory that was in use at most, in bytes.

@@ -19,7 +19,7 @@ LARGEST_LINE = (1 << 28) - 1
 
 
 class CoverageSettings(Struct, frozen=True, kw_only=True):
-    """What the agent measures: the part of coverage's configuration that decides it.
+    """The part of coverage's configuration that the agent needs for its measurement.
 
     Paths are absolute; ``source`` may also name packages. ``core`` is ``None`` for the best one.
     """
@@ -35,7 +35,7 @@ class CoverageSettings(Struct, frozen=True, kw_only=True):
 
 
 class CoverageRecord(Struct, frozen=True, kw_only=True):
-    """What a kernel recorded, by path: lines, or arcs between lines if branches were measured.
+    """The record of a kernel by path: lines, or arcs between lines if branches were measured.
 
     ``missing`` is the interpreter that has no package coverage, ``replaced`` the number of the cell
     (from 1, as the agent counts requests) that replaced the trace function. A kernel without our
@@ -76,12 +76,12 @@ class CoverageFile:
         socket.send_fds(facts, [b"coverage"], [self._descriptor])
 
     def read(self) -> CoverageRecord:
-        """Return what was recorded until now."""
+        """Return the record so far."""
         return record_of(os.pread(self._descriptor, MOST_BYTES, 0))
 
 
 def record_of(data: bytes) -> CoverageRecord:
-    """Combine the rows of a file; the first one that is not valid ends it, as in a torn row."""
+    """Combine the rows of a file, up to the first invalid one: a kill may leave half a row."""
     record: dict[str, object] = {}
     lines: dict[str, set[int]] = {}
     arcs: dict[str, set[tuple[int, int]]] = {}

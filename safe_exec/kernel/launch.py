@@ -423,7 +423,7 @@ def _enclose(
     *,
     removed: tuple[str, ...],
 ) -> Enclosure | None:
-    """Plan the walls, ``None`` without walls; store their facts in the sandbox.
+    """Return the setup of the walls, ``None`` if there are none; store their facts in the sandbox.
 
     ``removed`` are the names of variables that the kernel does not get.
     """

@@ -45,7 +45,7 @@ _PYTHON = lazy_pattern(r"/lib-dynload/[^/]+$|/(?:lib)?python3[^/]*$")
 
 
 class NativeReading(Struct, frozen=True, kw_only=True):
-    """What the inspector printed: frames as plain values, and the error that cost the others."""
+    """The inspector's output: frames as plain values, and the error that cost the others."""
 
     frames: tuple[dict[str, Any], ...] = ()
     error: str | None = None

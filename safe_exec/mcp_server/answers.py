@@ -62,7 +62,7 @@ class ShortVerdict:
 
 @dataclass(frozen=True, kw_only=True)
 class CellFigures:
-    """What one code cell did and used: wall time in seconds, peak memory in bytes."""
+    """The result and the usage of a code cell: wall time in seconds, peak memory in bytes."""
 
     cell: int
     status: str

@@ -1,4 +1,4 @@
-"""What the person who starts the server decides: the folder, the limits, the kernel.
+"""The choices of the person who starts the server: the folder, the limits, the kernel.
 
 Agents cannot change any of it.
 """

@@ -71,10 +71,7 @@ class OutputReceived(Event, frozen=True, kw_only=True):
 
 
 class UsageSampled(Event, frozen=True, kw_only=True):
-    """The sandbox's unreclaimable memory, processor seconds and processes; ``None``.
-
-    Not measured.
-    """
+    """The sandbox's unreclaimable memory, processor seconds, processes; ``None``: not measured."""
 
     index: int | None
     memory: int | None

@@ -216,7 +216,7 @@ class Access(StrEnum):
 class Raised(Struct, frozen=True, kw_only=True):
     """The attributes of an exception that a cell raised, or of one of its causes.
 
-    The kernel's claim.
+    This is the kernel's claim.
     """
 
     type: str
@@ -302,7 +302,7 @@ class ProcessCount(Struct, frozen=True, kw_only=True):
 class OwnAction(Struct, frozen=True, kw_only=True):
     """An action of the notebook on its own process, reported before it happened.
 
-    The kernel's claim.
+    This is the kernel's claim.
     """
 
     # signal, limit, trace (a trace function was set or removed), exec, program (a command that may

@@ -109,9 +109,9 @@ class FolderUse(StrEnum):
 
 
 class RepositoryUse(StrEnum):
-    """How much of the repository around the folder stays open; ``closed``.
+    """The access to the repository around the folder.
 
-    No more than other places.
+    ``closed``: it is as accessible as other places, and no more.
     """
 
     WRITE = "write"
@@ -176,9 +176,9 @@ class Wall(StrEnum):
 
 
 class Enforcement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The enforcement of a limit or wall. ``hard``.
+    """The enforcement of a limit or wall.
 
-    The operating system enforces it without exception.
+    ``hard``: the operating system enforces it without exception.
     """
 
     by: Mechanism

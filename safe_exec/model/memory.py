@@ -98,7 +98,7 @@ class AllocationLine(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class MemoryUse(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What held the memory of a run that came near its limit, the largest first.
+    """The holders of memory in a run that came near its limit, the largest first.
 
     ``peak_bytes`` was measured outside. ``attributed_bytes`` is the part that the holders had,
     ``native_bytes`` the part of the kernel process that no Python object held. What is left of the

@@ -94,7 +94,7 @@ class CauseKind(StrEnum):
 
 
 class Activity(StrEnum):
-    """What a kernel that exceeded its time was doing."""
+    """The activity of a kernel that exceeded its time."""
 
     PYTHON_LOOP = "python_loop"
     NATIVE_CODE = "native_code"
@@ -133,7 +133,7 @@ class Fact(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Cause(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Why a run failed, how sure that is, and what helps.
+    """The cause of a failure, the confidence in it, and advice.
 
     ``signal`` is negative (-9 for SIGKILL), as in subprocess.
     """

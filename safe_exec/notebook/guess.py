@@ -80,7 +80,7 @@ _LARGEST_SOURCE = 1 << 20
 
 
 def guess(path: Path, data: bytes) -> str | None:
-    """Say what a file is that is not JSON, and how to get a notebook; ``None`` if unknown."""
+    """Describe a file that is not JSON, and the way to a notebook; ``None`` if unknown."""
     # From the most reliable sign to the least.
     kind = _by_content(data) or _by_name(path) or _by_source(data) or _cut_off(data)
     if kind is None:

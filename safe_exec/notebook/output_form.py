@@ -17,7 +17,7 @@ _WIDGETS = "widgets"
 
 
 class OnFailure(StrEnum):
-    """What happens to a notebook that is executed in place and fails."""
+    """The treatment of a notebook that is executed in place and fails."""
 
     KEEP = "keep"
     WRITE = "write"

@@ -1,4 +1,4 @@
-"""Print the diagnosis of a run, and find out what a stream can display.
+"""Print the diagnosis of a run, and find out the abilities of a stream.
 
 The diagnosis goes to standard output; ``progress`` writes to standard error before it.
 """
@@ -60,7 +60,7 @@ class Style(Struct, frozen=True, kw_only=True):
         return layout.paint(colour, text) if self.colour and text and colour else text
 
     def fit(self, line: str) -> str:
-        """Replace what the encoding lacks: known signs by ASCII, other characters by escapes."""
+        """Replace characters that the encoding lacks: known signs by ASCII, others by escapes."""
         if not _can_encode(self.encoding, _GLYPHS):
             line = line.translate(_ASCII)
         return line.encode(self.encoding, "backslashreplace").decode(self.encoding)

@@ -22,7 +22,7 @@ _PLACE = lazy_pattern(r"(?s)(?P<problem>.*?)(?: - at `\$(?P<place>.*)`)?")
 
 
 class _Header(msgspec.Struct):
-    """The part of a document that says what it is."""
+    """The part of a document that names its format."""
 
     schema: str | None = None
 
@@ -39,7 +39,7 @@ def dumps(verdict: Verdict) -> bytes:
 
 
 def loads(data: bytes) -> Verdict:
-    """The verdict in the text of a document. Raises ValueError, one line that names what is wrong."""
+    """The verdict in the text of a document. Raises ValueError, one line that names the problem."""
     try:
         _check_schema(msgspec.json.decode(data, type=_Header).schema)
         return msgspec.json.decode(data, type=Verdict)

@@ -49,7 +49,7 @@ class Lookup:
     """Looks up names outside the sandbox, with one system call each."""
 
     def __init__(self, *, bare_root: bool = False) -> None:
-        """Create a lookup. ``bare_root``."""
+        """Create a lookup. ``bare_root``: the kernel is root without capabilities."""
         # The kernel is root without capabilities, so file modes apply to it.
         self.remaining_lookups = MOST_LOOKUPS
         self.bare_root = bare_root
@@ -385,10 +385,7 @@ class _Finder:
         )
 
     def _hidden_ones(self, folder: str, path: str) -> tuple[str, ...]:
-        """Return the paths to open for a file in a folder.
-
-        The folder, and the target of a link in it.
-        """
+        """Return the paths to open for a file: its folder, and the target if it is a link."""
         folder, real = self.lookup.real(folder), self.lookup.real(path)
         both = [folder] if self.reach.to(folder) is Access.HIDDEN else []
         outside = not real.startswith(folder + "/") and self.reach.to(real) is Access.HIDDEN

@@ -220,7 +220,7 @@ def needs_of_error(
 
 
 def needs_of_output(text: str, removed: Iterable[str], cell: int) -> list[Need]:
-    """Return what output lines say was refused or missing; see :class:`Need`."""
+    """Return the needs that output lines report as refused or missing; see :class:`Need`."""
     names = frozenset(removed)
     lines = _ANSI.sub("", text).splitlines()[-MOST_LINES:]
     needs = [
@@ -258,8 +258,8 @@ def needs_of_empty(error: CellError, sources: Sequence[str], lines: Iterable[str
     """Return paths that a cell only asked about (``glob``, ``exists``).
 
     A hidden path gives an empty answer, and the error comes later. ``sources`` are the cells up to
-    the failed one, ``lines`` those in the traceback. One of these must use the name that the answer
-    was assigned to; or the failed cell asked itself, for files that exist only to raise.
+    the failed one, ``lines`` those in the traceback. A path is returned if one of these uses the
+    variable that holds the answer, or if the failed cell itself asked, and raised because of it.
     """
     if not sources or error.ename in UNLIKE_EMPTY:
         return []

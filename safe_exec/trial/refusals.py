@@ -44,7 +44,7 @@ def raised_by(state: TrialState, error: CellError) -> ReportedErrors | None:
 def isolation_conflicts(
     state: TrialState, ending: Ending, location: CellLocation | None
 ) -> tuple[IsolationConflict, ...]:
-    """Return what the cells asked for and isolation took away.
+    """Return the things that the cells asked for and isolation took away.
 
     The result is empty without isolation, or if the kernel did not survive.
     """

@@ -137,7 +137,7 @@ class TrialState:
             )
 
     def forget_observation(self) -> None:
-        """Drop what was observed of a cell that goes on."""
+        """Drop the observation of a cell that goes on."""
         self.observation = self.observed_at = self.printed = None
         self.tasks_at_timeout = self.oom_kills_in_time = self.cell_active = None
 

@@ -336,7 +336,7 @@ def _with_culprits(
 
 
 def _memory_use(verdict: Verdict, outcome: InvestigationResult) -> MemoryUse | None:
-    """Return what held the memory: from the observed trial if that says more, else the first run."""
+    """Return the holders of memory, from the observed trial or from the first run."""
     from safe_exec.diagnosis.memory_use import better_use, in_notebook, memory_use
     from safe_exec.diagnosis.verdict import context_of
 

@@ -40,7 +40,7 @@ VerdictOf = Callable[["TrialRequest", "TrialResult"], Verdict]
 
 
 class Continuation(Struct, kw_only=True):
-    """The run so far: the verdict of the last trial, and what all trials found together.
+    """The run so far: the verdict of the last trial, and the results of all trials together.
 
     ``records`` are the cells' figures, each from the trial in which the cell ran first. ``verdicts``
     has one entry for each failure.
@@ -212,7 +212,7 @@ async def _continue(
 def _with_offset(
     sink: events.EventSink, cells: frozenset[int], offset_seconds: float
 ) -> events.EventSink:
-    """Pass on what happens to cells that run for the first time, in the time of the whole run."""
+    """Pass on the events of cells that run for the first time, with times of the whole run."""
 
     def emit(event: events.Event) -> None:
         if isinstance(event, events.CellStarted | events.CellFinished) and event.index in cells:

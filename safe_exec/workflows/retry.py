@@ -148,5 +148,5 @@ def is_last_attempt(policy: RetryPolicy, attempt: int, verdict: Verdict) -> bool
 
 
 def after_attempt(job: Job, verdict: Verdict) -> Job:
-    """Return the job of the next attempt, which also lists the one that ended with ``verdict``."""
+    """Return the job of the next attempt, with ``verdict`` in its list of earlier attempts."""
     return replace(job, earlier_attempts=(*job.earlier_attempts, headline(verdict)))

@@ -79,7 +79,7 @@ async def run_job(
 
     A signal ends the run, but everything is still written. A caller that runs several notebooks
     passes its own ``cancellation`` and handles signals itself. ``worth_a_search`` can decline the
-    search for culprits, depending on the verdict. ``on_output`` is told of each text that a cell
+    search for culprits, depending on the verdict. ``on_output`` gets each text that a cell
     writes: the cell's index, the stream, and the text with secrets masked.
     """
     from safe_exec.trial.request import Cancellation
@@ -143,7 +143,8 @@ async def run_undocumented(
 ) -> tuple[Verdict, Any]:
     """Run the notebook for a tool that writes its own documents; nothing is searched for.
 
-    ``on_message`` is told of each message that put something into a cell. The notebook is ``prepared``'s own, filled in place.
+    ``on_message`` gets each message that put something into a cell. The notebook is ``prepared``'s
+    own, filled in place.
     """
     from safe_exec.trial.request import Cancellation
     from safe_exec.workflows.bisect import FolderSnapshot
@@ -301,7 +302,7 @@ def _texts(
 
 
 async def _warm_up() -> None:
-    """Import and compile what the end of the run needs, while the kernel starts."""
+    """Import and compile the code for the end of the run, while the kernel starts."""
     from nbformat import v4
 
     from safe_exec.diagnosis import verdict as _verdict  # noqa: F401

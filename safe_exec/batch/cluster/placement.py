@@ -1,4 +1,4 @@
-"""Decide which workers a notebook may run on, by what it requests and what they offer. Pure.
+"""Decide which workers a notebook may run on, by its request and their resources. Pure.
 
 dask places the tasks: a task states the resources it needs, and a worker those it has. A request
 that no worker can satisfy would stay pending for ever in dask, so it is refused here.

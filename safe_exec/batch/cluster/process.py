@@ -75,7 +75,7 @@ _NEEDED_LATER = (
 
 
 def detect_machine() -> HostCapabilities:
-    """Detect this machine once for all notebooks, and load what each of them needs."""
+    """Detect this machine once for all notebooks, and import the modules that they need."""
     for name in _NEEDED_LATER:
         import_module(name)
     # Compiles the JSON schema of notebooks, which takes 30 ms.

@@ -206,7 +206,7 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
         self._show_load()
 
     async def _place_again(self, departed: AbstractSet[str]) -> None:
-        """Let dask place what has not started, and what a departed worker ran, once more."""
+        """Let dask place again the notebooks that wait, and those whose worker was lost."""
         # dask does not reconsider a task without a fitting worker when a worker announces its
         # resources later. And tasks that wait at a busy worker may start earlier at a new one.
         for flight in tuple(self.flights.values()):
@@ -478,7 +478,7 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
             flight.future.release()
 
     async def _stop(self) -> None:
-        """Take back what has not started, and pass signals on to what runs."""
+        """Take back the notebooks that have not started, and pass signals on to those that run."""
         from safe_exec.batch.cluster.task import forward_signal
 
         for flight in tuple(self.flights.values()):
@@ -500,7 +500,7 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
     # --- files ----------------------------------------------------------------------------------
 
     async def _send_files(self, waiting: WaitingNotebook, address: str) -> None:
-        """Send the notebook's surroundings to a machine that has not got them; queue it again."""
+        """Send the notebook's folder to a machine that lacks it, and queue the notebook again."""
         try:
             source = await self.transfers.pack(waiting.source)
         except (UsageError, OSError) as error:

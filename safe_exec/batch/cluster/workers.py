@@ -34,7 +34,7 @@ class ClusterWorkers:
     """The usable workers by their address.
 
     ``mechanisms`` is the choice of the user, ``memory`` the bytes that local workers share,
-    ``None`` on a cluster of others; ``note`` shows a message to the user.
+    ``None`` if others started the workers; ``note`` shows a message to the user.
     """
 
     def __init__(

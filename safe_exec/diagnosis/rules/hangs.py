@@ -1,7 +1,4 @@
-"""Describes what a kernel was doing when its time was up, whom it waited for, and what helps.
-
-Pure.
-"""
+"""Describes a kernel whose time was up: its activity, whom it waited for, the remedy. Pure."""
 
 from __future__ import annotations
 

@@ -103,8 +103,8 @@ def _conflict_text(conflict: IsolationConflict) -> str:
 def is_reason(context: Context, conflict: IsolationConflict) -> bool:
     """Tell whether a conflict explains the cell's error.
 
-    The error must name the thing, or leave its reason to an output that names it. The output of an
-    earlier cell counts if the error misses the thing that was refused there.
+    Either the error names the refused thing, or it gives no reason and an output names the thing.
+    The output may be that of an earlier cell, if the error is about a thing that was refused there.
     """
     # The error itself names the thing.
     if not conflict.in_output:

@@ -279,7 +279,7 @@ def oomd_kill(context: Context) -> Cause | None:
 def worker_kill(context: Context) -> Cause | None:
     """A child process was killed for memory while the kernel survived.
 
-    An error, a hang, or nothing.
+    The notebook then got an error, hung, or went on.
     """
     evidence = context.evidence
     lives = isinstance(context.ending, CellFailed | TimedOut) or (
@@ -323,7 +323,7 @@ def worker_kill(context: Context) -> Cause | None:
 
 
 def _hang(context: Context) -> str:
-    """Return what a timed-out cell did after its worker was killed; empty without a timeout."""
+    """Describe a timed-out cell after its worker was killed; empty without a timeout."""
     if not isinstance(context.ending, TimedOut):
         return ""
     if _ended_by_itself(context):

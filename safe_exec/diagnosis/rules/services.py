@@ -39,7 +39,7 @@ def waiting_text(observation: ActivityObservation, activity: Activity) -> str:
 
 
 def advice(observation: ActivityObservation, activity: Activity | None) -> str:
-    """What helps; empty where it is none of these."""
+    """Return the remedy for a server, a bot or another service; empty for other activities."""
     if serves(observation, activity):
         return (
             "A server runs until somebody stops it: start it in a thread (daemon=True) or as a "

@@ -100,10 +100,7 @@ def start_failed(context: Context) -> Cause | None:
 
 
 def _advice_for_missing_kernel(installed: Mapping[str, str], language: str | None) -> str:
-    """Return advice for a kernel that is not installed.
-
-    Another one of the same language, if any.
-    """
+    """Return advice for a kernel that is not installed: another of its language, if any."""
     # A kernel of the same language runs the notebook most likely.
     alike = kernels_of_language(installed, language)
     if alike:

@@ -100,7 +100,7 @@ def computes(observation: ActivityObservation) -> bool:
 def is_starved(observation: ActivityObservation) -> bool:
     """Tell whether the kernel had work but hardly got a processor.
 
-    The samples of a thread that got no processor either say nothing about it.
+    If the sampling thread got no processor either, its samples prove nothing.
     """
     if (
         observation.runnable is None
@@ -125,7 +125,7 @@ def _interpreter_free(observation: ActivityObservation) -> bool:
 
 
 def _computing(observation: ActivityObservation) -> Activity:
-    """Describe what a busy kernel was executing: Python code or native code."""
+    """Describe the code that a busy kernel was executing: Python or native."""
     # Python code yields the interpreter on request. Native code either keeps it, so that the
     # sampler starves, or has released it, so that the sampler does not wait at all.
     if observation.awaiting:
@@ -465,7 +465,7 @@ def _resistance(context: Context, activity: Activity | None) -> str:
 def cpu_time(context: Context) -> Cause | None:
     """The processor time was exceeded.
 
-    SIGXCPU, the hard limit behind it, or safe-exec's own check.
+    SIGXCPU, the hard limit behind it, or safe-exec's own check ended the run.
     """
     evidence = context.evidence
     if not isinstance(context.ending, Died):

@@ -1,4 +1,4 @@
-"""Describes what a kernel waits for, why the wait does not end, and what helps. Pure."""
+"""Describes a kernel that waits: for which object, why the wait does not end, the remedy. Pure."""
 
 from __future__ import annotations
 

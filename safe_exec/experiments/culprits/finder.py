@@ -344,7 +344,7 @@ class Investigation:
         return reply
 
     async def observe(self, result: Result) -> ObservedTrial | None:
-        """Run the culprits once more if memory ran out and the first run left open what held it."""
+        """Run the culprits once more if memory ran out and its holders are not known."""
         cause, use = self.first_run.verdict.cause, self.first_run.verdict.memory
         if use is not None and is_explained(use):
             return None
@@ -414,7 +414,7 @@ class Investigation:
     def growth(self, memory: int | None) -> int | None:
         """Return a lower bound for the crash cell's memory growth.
 
-        The rest of the limit when it began.
+        The bound is the part of the limit that was free when the cell began.
         """
         if memory is None:
             return None

@@ -76,7 +76,7 @@ class ForkEnding(Struct, frozen=True, kw_only=True):
 
 
 class ForkAnswer(Struct, frozen=True, kw_only=True):
-    """What a fork's ending answers, in the terms of ``protocol.Reply``."""
+    """The answer that follows from a fork's ending, in the terms of ``protocol.Reply``."""
 
     outcome: Outcome
     ended: str

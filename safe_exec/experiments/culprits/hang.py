@@ -79,7 +79,7 @@ class HangPicture(Struct, frozen=True, kw_only=True):
 
 
 def seconds_until_recognised(cell_timeout: float | None) -> float | None:
-    """Return how long a known picture must last in a cell with this timeout, in seconds.
+    """Return the seconds after which a picture counts as the same hang in a cell with this timeout.
 
     ``None`` if a hang cannot be recognised early enough to be worth it.
     """

@@ -485,7 +485,7 @@ class _Searcher:
     def slice_passes_again(self) -> _Step:
         """Check that the slice, which passed once, passes again.
 
-        Every added cell rests on that one run.
+        The choice of every added cell depends on that one run.
         """
         base = self.initial_set
         if (

@@ -53,8 +53,7 @@ def chunk_of(loose: list[int], odds: Mapping[int, float]) -> list[int]:
 def learn(chunk: list[int], odds: dict[int, float]) -> None:
     """Raise the probabilities of a chunk that could not be removed (Bayes' rule).
 
-    At least one cell of the chunk is needed. A single cell keeps its place in the list: whether it
-    is needed is known from the runs of the set without it.
+    At least one cell of the chunk is needed. If the chunk has only one, that is the one.
     """
     free = math.prod(1 - odds[cell] for cell in chunk)
     for cell in chunk:

@@ -155,7 +155,7 @@ class Reduction:
         )
 
     def with_chosen(self, depth: int, chosen: Collection[int]) -> frozenset[int]:
-        """Return what remains if only the chosen candidates of a depth stay."""
+        """Return the remaining pieces if only the chosen candidates of a depth stay."""
         removed = set(self.candidates(depth)) - set(chosen)
         return self._with_blocks(self.selection - removed)
 
@@ -185,7 +185,7 @@ class Reduction:
         return read_cell(textwrap.dedent(self._text(number))).defines
 
     def _text(self, number: int) -> str:
-        """Return what remains of a piece."""
+        """Return the remaining text of a piece."""
         piece = self.pieces[number]
         numbers = [n for n in self.numbers(self.selection, piece.cell) if piece.span.has(n)]
         return text_of(self.sources[piece.cell], numbers)
@@ -193,7 +193,7 @@ class Reduction:
     def _dependencies(
         self, depth: int, candidates: Sequence[int]
     ) -> tuple[frozenset[int], dict[int, frozenset[int]]]:
-        """Return the backward slice of what must stay, and the needs of each candidate."""
+        """Return the backward slice of the needed lines, and the needs of each candidate."""
         # The names of local variables say little about the order in which functions run.
         if depth:
             return frozenset(self._last_of_blocks(depth, candidates)), {}

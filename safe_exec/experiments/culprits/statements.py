@@ -1,4 +1,4 @@
-"""Splits code cells into statements at all depths, and joins what remains of them. Pure.
+"""Splits code cells into statements at all depths, and joins the remaining ones. Pure.
 
 A reproduction consists of the user's own lines. So a statement is removed with all its lines, with
 the comments above it, and nothing is put in its place.
@@ -73,7 +73,7 @@ def _magic_lines(lines: Sequence[str]) -> int:
 def _spans(
     body: Sequence[ast.stmt], lines: Sequence[str], depth: int, first_free: int
 ) -> Iterator[Span]:
-    """Yield the spans of a block; the lines above ``first_free`` belong to what is before it."""
+    """Yield the spans of a block; lines above ``first_free`` belong to the statement before it."""
     groups: list[list[ast.stmt]] = []
     for statement in body:
         # Two on one line stay together, be it one that goes on after a backslash.

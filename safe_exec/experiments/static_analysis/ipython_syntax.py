@@ -143,7 +143,7 @@ class Special(Struct, kw_only=True):
 class Cell(Struct, kw_only=True):
     """The Python code of a cell, with a placeholder name for each special line.
 
-    ``guarded``: errors may not leave the cell.
+    ``guarded``: a magic runs the code, and may catch its errors.
     """
 
     text: str
@@ -256,7 +256,7 @@ def _replace_specials(cell: Cell) -> None:
 
 
 def _unwrap(source: str) -> Cell:
-    """Strip the lines of cell magics, and record what each one defines and uses."""
+    """Strip the lines of cell magics, and record the names that each one defines and uses."""
     cell = Cell(text=textwrap.dedent(re.sub(r"\r\n?", "\n", source)))
     while match := _CELL_MAGIC.match(cell.text):
         lead, name, line = match.groups()

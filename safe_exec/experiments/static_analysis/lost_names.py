@@ -46,7 +46,7 @@ def cells_without_names(
 def _without_repeated_imports(
     dependencies: Dependencies, sources: Sequence[str], failed: Collection[int]
 ) -> Dependencies:
-    """Return the dependencies without the imports of failed cells that an earlier cell made too."""
+    """Leave out each import of a failed cell that an earlier cell has too."""
     if not dependencies.is_python:
         return dependencies
     facts = list(dependencies.facts)

@@ -178,7 +178,7 @@ def is_own_code(frame: Frame) -> bool:
 
 
 def inner_frames(verdict: Verdict, most: int) -> list[Frame]:
-    """Return the innermost frames of cells below the crash line, the outermost of them first."""
+    """Return the frames of cells that the crash line called: the innermost ones, in call order."""
     crash = verdict.crash_cell
     if crash is None:
         return []

@@ -12,7 +12,7 @@ _PRIVILEGED = (
 
 
 def container_fixes(machine: HostCapabilities, host: HostFacts) -> tuple[Fix, ...]:
-    """Return how to start this container with cgroups of its own, and the steps inside."""
+    """Return the way to start this container with its own cgroups, and the steps inside."""
     if host.tree is CgroupTree.V2 and not host.read_only:
         return (
             Fix(

@@ -73,7 +73,7 @@ def bounds_above(group: Path) -> tuple[Bound, ...]:
 
 
 class CounterFile:
-    """A counter file that stays open: to read it again takes a tenth of opening it."""
+    """A counter file that stays open: reading it again takes a tenth of the time of opening it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -149,7 +149,7 @@ class ProcessFiles:
         return shmem
 
     def forget(self, member: Member) -> None:
-        """Drop what was cached for a process that has ended."""
+        """Drop the cached entries of a process that has ended."""
         self._known_shmem.pop(member.key, None)
 
     def anonymous(self, pid: int, task: int = 0) -> int:
