@@ -27,6 +27,7 @@ from safe_exec.reports.masking import MASK, is_secret_name
 BUDGET_SECONDS = 2.0
 TOO_SLOW = f"reading it took more than {BUDGET_SECONDS:g} s"
 OWN_END = "the interpreter ended the process itself, and its fault handler was off by then"
+NOT_READ = "it is read in runs only, not in interactive kernels and trials of a search"
 NOT_HELD = "the process had ended before its stack could be read"
 MISSING = "pystack is not installed (pip install 'safe-exec[native]')"
 BOOT = (
@@ -99,8 +100,8 @@ def parse(lines: list[bytes], failure: str) -> NativeReading:
     return NativeReading(frames=frames, error=None if has_all else failure)
 
 
-def with_innermost(fault: FaultReport) -> FaultReport:
-    """Add the innermost C function, or its library, if the native stack could not be read."""
+def with_innermost(fault: FaultReport, *, was_to_be_read: bool = True) -> FaultReport:
+    """Add the innermost C function, or its library, if the native stack was not or not all read."""
     if fault.native:
         return fault
     # Python turns its fault handler off before it aborts (Py_FatalError), so nothing holds the
@@ -112,7 +113,7 @@ def with_innermost(fault: FaultReport) -> FaultReport:
         fault,
         # Read from the saved registers. Its offset counts in the file, not in memory.
         native=() if library is None else (NativeFrame(function=None, library=library),),
-        native_error=fault.native_error or NOT_HELD,
+        native_error=fault.native_error or (NOT_HELD if was_to_be_read else NOT_READ),
     )
 
 

@@ -291,6 +291,7 @@ class KernelSession:
         )
         # Of a kernel on TCP behind a network of its own.
         self._forwarder_prefix = forwarder_prefix
+        self.reads_native = request.reads_native
         self.native: native_stack.NativeReading | None = None
         self._native_task: asyncio.Task[None] | None = None
         self._answering: asyncio.Task[None] | None = None
@@ -323,7 +324,7 @@ class KernelSession:
         """Watch for the death and for facts on the event loop."""
         loop = asyncio.get_running_loop()
         self.sandbox.on_exit = self._on_exit
-        if self._request.reads_native:
+        if self.reads_native:
             self._prepare_native()
         if self.sandbox.exit is not None:
             self._on_exit(self.sandbox.exit)

@@ -172,7 +172,9 @@ def _fault(state: TrialState) -> FaultReport | None:
         python = session.agent_facts.hello.get("python")
         frames = native_frames(session.native, cells, python)
         report = replace(report, native=frames, native_error=session.native.error)
-    return None if report is None else with_innermost(report)
+    if report is None:
+        return None
+    return with_innermost(report, was_to_be_read=session.reads_native)
 
 
 def _memory_peak(state: TrialState, kills: int | None, raw: int | None) -> int | None:

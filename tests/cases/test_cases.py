@@ -27,6 +27,7 @@ from typing import Any
 import pytest
 
 from safe_exec.kernel.launch import has_pystack
+from safe_exec.kernel.native_stack import TOO_SLOW
 from safe_exec.model.limits import Mechanism
 from safe_exec.sandbox.planner import CHOOSABLE
 from tests.cases.catalogue import Case, Place, read_all, runnable
@@ -190,16 +191,15 @@ def check_native(case: Case, outcome: Outcome) -> None:
     crash = outcome.verdict["crash_cell"]
     if not case.native or not has_pystack():
         return
-    if not crash["native"]:
-        assert crash["native_error"], outcome.stdout
-    # If there was no time to unwind, the registers told the library.
-    elif crash["native"][0]["function"] or crash["native_error"] is None:
-        places = [
-            f"{frame['function'] or '?'} in {Path(frame['library'] or '?').name}"
-            for frame in crash["native"]
-            if frame["python"] is None
-        ]
-        assert any(re.search(case.native, place) for place in places), crash["native"]
+    places = [
+        f"{frame['function'] or '?'} in {Path(frame['library'] or '?').name}"
+        for frame in crash["native"]
+        if frame["python"] is None
+    ]
+    # On a busy machine there may be no time to unwind, and a fault without a report has no stack.
+    is_cut = not crash["native"] or crash["native_error"] == TOO_SLOW
+    if not any(re.search(case.native, place) for place in places):
+        assert is_cut and crash["native_error"], (crash["native"], crash["native_error"])
 
 
 def strings_in(value: Any) -> Iterator[str]:

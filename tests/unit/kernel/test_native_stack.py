@@ -6,10 +6,12 @@ import json
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from safe_exec.kernel.cell_code import CellCode
 from safe_exec.kernel.native_stack import (
     NOT_HELD,
+    NOT_READ,
     OWN_END,
     NativeReading,
     native_frames,
@@ -114,3 +116,6 @@ def test_without_a_stack_the_registers_tell_the_library() -> None:
     (frame,) = with_innermost(report).native
     assert (frame.function, frame.library, frame.offset) == (None, "/usr/lib/libfast.so", None)
     assert with_innermost(report).native_error == "too slow"
+    unread = replace(report, native_error=None)
+    assert with_innermost(unread).native_error == NOT_HELD
+    assert with_innermost(unread, was_to_be_read=False).native_error == NOT_READ
