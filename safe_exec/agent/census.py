@@ -201,7 +201,7 @@ class Census:
     def sample(self, rows):
         """Charge growth to the running line; take a census if the memory came near the limit.
 
-        For the sampling thread.
+        Called by the sampling thread.
         """
         if self.namespace is None:
             return

@@ -168,7 +168,7 @@ class LineCoverage:
             self.measurement.start()
 
     def end_cell(self):
-        """Write what the cell ran, and note if it replaced the trace function."""
+        """Write the lines of the cell that ran, and note if it replaced the trace function."""
         if self.traces and not self.replaced and not self.owns(sys.gettrace()):
             self.replaced = True
             self.put(replaced=self.inside.page.cell)

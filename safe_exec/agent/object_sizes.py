@@ -77,7 +77,7 @@ def bases_of(thing):
 
 
 def type_name(kind):
-    """Return the name of a type."""
+    """Return the name of a type, at most 100 characters of it."""
     return NAME(kind)[:100]
 
 
@@ -93,7 +93,7 @@ def rounded(size):
 
 
 def atom_bytes(thing):
-    """Return the bytes of an atom."""
+    """Return the size of an object that refers to no others, as its allocator rounds it."""
     return rounded(sys.getsizeof(thing))
 
 
@@ -305,7 +305,7 @@ def choose_handler(kind, handlers):
 
 
 def evenly(total, most):
-    """Return the positions that stand for all of a sequence."""
+    """Return the positions of the elements that are counted in place of a whole sequence."""
     return range(total) if total <= most else range(0, total, -(-total // most))
 
 
@@ -338,7 +338,7 @@ def first_elements(iterator, total, most):
 
 
 def count_set(walk, thing, part, waiting):
-    """Count a set."""
+    """Count the elements of a set, and its table."""
     base = next(base for base in bases_of(thing) if base in SETS)
     walk.partial += shallow_bytes(thing) * part.weight
     total = base.__len__(thing)

@@ -297,7 +297,7 @@ def better_use(first: MemoryUse | None, observed: MemoryUse | None) -> MemoryUse
 
 
 def is_explained(use: MemoryUse) -> bool:
-    """Whether a report leaves no large part of the memory without a name."""
+    """Whether the report names the holders of nearly all memory."""
     peak, native = use.peak_bytes or 0, use.native_bytes or 0
     # Libraries take some. Where it is much, objects without a variable may be part of it.
     if native > MOST_NATIVE_SHARE * peak:

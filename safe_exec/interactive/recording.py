@@ -98,8 +98,8 @@ class Recording:
     ) -> Path | None:
         """Write the session's notebook and verdict; the notebook's path, ``None`` on an error.
 
-        ``survived`` tells that only the cell ended, at an interrupt; ``is_shown`` that a cell shows
-        the diagnosis.
+        ``survived``: an interrupt ended the cell, and the kernel lives on. ``is_shown``: a cell
+        shows the diagnosis.
         """
         cause = verdict.cause.summary if verdict.cause else None
         line = {"ended": cause, "survived": survived, "shown": is_shown, "at": _now()}

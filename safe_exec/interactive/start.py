@@ -103,7 +103,7 @@ def serve(options: KernelOptions) -> int:
 
 
 def _prepared(options: KernelOptions) -> PreparedJob:
-    """Prepare the job that ``run`` would make of an empty notebook here. Raises UsageError."""
+    """Prepare a job for an empty notebook in this folder, as ``run`` does. Raises UsageError."""
     cwd = Path.cwd()
     empty = {
         "cells": [],

@@ -61,7 +61,7 @@ class KernelEnding(NamedTuple):
 
 
 class Bubblewrap:
-    """One bubblewrap with its init and its kernel, by their process ids out here.
+    """One bubblewrap with its init and its kernel, by their process ids outside of the sandbox.
 
     ``sockets`` is a descriptor of the directory of the kernel's sockets, ``discarded`` those of the
     places whose files disappear with the sandbox. ``is_closed``: nobody can send a message any
@@ -112,7 +112,7 @@ class Bubblewrap:
         os.close(self._release_r)
 
     def await_kernel(self) -> int:
-        """Wait for the kernel's process, which then waits for ``release``; return its pid out here.
+        """Wait for the kernel's process, which then waits for ``release``; return its pid outside.
 
         Raises SetupFailed if bubblewrap ends before.
         """

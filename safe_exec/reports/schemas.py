@@ -138,7 +138,7 @@ RULES: Mapping[str, list[dict[str, Any]]] = {
 
 
 def verdict_schema() -> dict[str, Any]:
-    """The schema of a verdict."""
+    """Return the JSON Schema of ``verdict.json``."""
     return _schema(
         Verdict,
         VERDICT_SCHEMA,

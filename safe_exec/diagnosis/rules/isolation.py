@@ -243,7 +243,7 @@ def advice(conflict: IsolationConflict) -> str:
 
 
 def _of_socket(conflict: IsolationConflict) -> str:
-    """A program outside listens there: opening the way to it is all that helps."""
+    """Return advice for the socket of a program that listens outside the sandbox."""
     options = " ".join(f"--show {shlex.quote(path)}" for path in conflict.allow)
     if not options:
         return f"Use its path without links, which the notebook can reach: {conflict.path}."

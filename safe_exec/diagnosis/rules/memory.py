@@ -335,7 +335,7 @@ def _hang(context: Context) -> str:
 
 
 def _ended_by_itself(context: Context) -> bool:
-    """Whether a cell whose time was up failed with an error that is no answer to our interrupt."""
+    """Whether a timed-out cell failed with an error of its own, and not with our interrupt."""
     error, observation = context.evidence.error, context.evidence.observation
     if error is None or error.ename == "KeyboardInterrupt":
         return False

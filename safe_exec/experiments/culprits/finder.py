@@ -60,10 +60,7 @@ RAN = (CellStatus.PASSED, CellStatus.FAILED, CellStatus.KILLED)
 
 
 class FirstRun(Struct, frozen=True, kw_only=True):
-    """The outcome of the first run.
-
-    Its verdict, the stripped notebook and the search's time budget.
-    """
+    """The first run: its verdict, the stripped notebook and the search's time budget."""
 
     verdict: Verdict
     node: Any

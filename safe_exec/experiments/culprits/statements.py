@@ -23,7 +23,7 @@ _CLAUSE = re.compile(r"\s*(?:else|finally)\b")
 
 
 class Span(Struct, frozen=True, kw_only=True):
-    """The lines of a statement or of an optional clause of one, both ends included, from 1.
+    """The lines of a statement or of one of its optional clauses: first and last, from 1.
 
     The comments and blank lines above it belong to it. ``depth`` is 0 at the top level of a cell.
     """

@@ -111,7 +111,7 @@ def effects_of(source: str, modules: Mapping[str, str]) -> tuple[Effect, ...]:
 def functions_of(source: str, modules: Mapping[str, str]) -> dict[str, Effect]:
     """Return the most telling effect of each function that a cell defines.
 
-    It takes effect at a call.
+    A call of the function has this effect.
     """
     _, tree = python_of(source)
     if tree is None:

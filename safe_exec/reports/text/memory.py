@@ -96,7 +96,7 @@ def allocation_lines(verdict: Verdict, most: int = MOST_LINES) -> list[str]:
 
 
 def recording_lines(memory: MemoryUse) -> list[str]:
-    """Return a line if allocations were to be recorded and the lines are from samples instead."""
+    """Return a line if allocations could not be recorded, so that the lines come from samples."""
     if memory.recording_error is None:
         return []
     reason = common.clip(common.single_line(memory.recording_error), LONGEST_REASON)

@@ -13,7 +13,7 @@ def hottest(verdict: Verdict) -> ProfileLine | None:
 
 
 def summary(verdict: Verdict) -> str:
-    """Return where the time of a run went that took too long; empty for all other runs.
+    """Return the place where a timed-out run spent its time; empty for all other runs.
 
     For example ``98 % of 300 s in code cell 4, line 7, called from line 12``.
     """

@@ -62,7 +62,7 @@ def estimate(
     members: Sequence[Member],
     bounds: tuple[int, int],
 ) -> int:
-    """Return the memory by the last count and the growth since, within its bounds.
+    """Estimate the memory: the last count and the growth since then, within ``bounds``.
 
     ``previous_counts`` are the anonymous bytes of processes at the last count.
     """

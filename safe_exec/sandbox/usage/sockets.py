@@ -110,7 +110,7 @@ def quiet_ports(count: int) -> list[int]:
 
 
 def address_of(text: str) -> str | None:
-    """Return the address of a row of /proc/net/tcp, ``None`` for this host and for no host."""
+    """Return the address of a row of /proc/net/tcp, ``None`` if it is no other host's."""
     address = _address(text)
     return None if address.is_loopback or address.is_unspecified else str(address)
 
