@@ -30,7 +30,7 @@ class OwnState:
 
 
 def inherited_state(channel):
-    """Return what the process has now: a fork does not add to what its parent had."""
+    """Return the state of the process now: its forks add nothing to the state of their parent."""
     return OwnState(descriptors() - {channel}, shared_mappings())
 
 

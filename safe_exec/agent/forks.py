@@ -263,7 +263,7 @@ def await_end(pid, channel, seconds):
 
 
 def kill_group(pid):
-    """Kill a process and the group that it leads; of one that has ended, what it left behind."""
+    """Kill a process and the group that it leads; if it has ended, kill the rest of its group."""
     for kill in (os.killpg, os.kill):
         try:
             kill(pid, signal.SIGKILL)

@@ -288,7 +288,7 @@ def in_notebook(use: MemoryUse, code_indexes: Sequence[int]) -> MemoryUse:
 
 
 def better_use(first: MemoryUse | None, observed: MemoryUse | None) -> MemoryUse | None:
-    """Return the one of two reports of the same failure whose names hold more of the peak."""
+    """Return the better of two reports of one failure: it names the holders of more memory."""
     if first is None or observed is None:
         return first or observed
     if _named_share(observed) >= _named_share(first):

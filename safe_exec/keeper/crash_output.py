@@ -79,7 +79,7 @@ class CrashOutput:
         return tuple(fd for fd in (self._stderr, fault) if fd >= 0)
 
     def read(self, fd: int, living_pid: int | None) -> None:
-        """Read from one of the sources. At its end it is closed, and is a source no more."""
+        """Read from one of the sources. A source that has ended is closed and removed."""
         if fd == self._stderr:
             self.read_stderr()
         else:

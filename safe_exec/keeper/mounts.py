@@ -53,9 +53,9 @@ def enter(mounts: Iterable[Mount], *, user_namespace: bool) -> None:
 
 
 def enter_own() -> None:
-    """Enter a mount namespace of our own: as root where root may, else with a user namespace.
+    """Enter a mount namespace of our own, as root if possible, else with a user namespace.
 
-    Tried by doing it. Raises OSError.
+    Only trying shows whether it is possible. Raises OSError.
     """
     if os.geteuid() == 0:
         # Root without the right to mount (in a container) gets on as everybody else does.

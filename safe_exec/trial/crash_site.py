@@ -227,7 +227,7 @@ def _of_look(state: TrialState, index: int) -> CellLocation | None:
 
 
 def _of_last_dump(state: TrialState, index: int) -> CellLocation | None:
-    """Locate the end by the last stack dump that the keeper requested, exact unlike a sample."""
+    """Locate the end by the last stack dump that the keeper requested. Dumps are exact."""
     # The dump must belong to this cell, and be newer than the last statement that was recorded.
     session, sandbox, page = state.session, state.session.sandbox, state.session.page
     if not sandbox.fault_text or page is None:

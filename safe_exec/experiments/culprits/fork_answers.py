@@ -1,7 +1,7 @@
 """Decides what may be asked in a fork of a live kernel, and what a fork's ending answers. Pure.
 
 An answer from a fork says which trial comes next, and nothing else: the result is confirmed from
-scratch. Whatever is not clear is no answer, and is asked from scratch as well.
+scratch. An ending that is not clear is no answer: it is asked from scratch as well.
 """
 
 from __future__ import annotations

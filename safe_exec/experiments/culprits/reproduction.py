@@ -33,8 +33,9 @@ def build(
 ) -> Any:
     """Build a notebook of the given cells, in order, with the crash cell last.
 
-    ``node`` is a stripped notebook and is not modified. ``sources`` replace
-    those of cells of which a part is enough, by their index. ``origin`` is the path of the original notebook.
+    ``node`` is a stripped notebook and is not modified. ``sources`` has, by index, the shorter
+    source of each cell that is needed only in part. ``origin`` is the path of the original
+    notebook.
     """
     document = copy.deepcopy(node)
     document["cells"] = [copy.deepcopy(node.cells[index]) for index in cells]

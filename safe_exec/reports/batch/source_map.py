@@ -39,7 +39,7 @@ class Placed(Struct, frozen=True, kw_only=True):
 
 
 def read_as_run(path: Path, sha256: str | None) -> str | None:
-    """Return the text of the notebook if it has the hash ``sha256`` as it had when it ran."""
+    """Return the text of the notebook if its hash is still ``sha256``, that of the run."""
     try:
         data = read_regular(path, most=MOST_BYTES, error=NotebookError)
     # Deleted or too large: its annotations point at line 1.
