@@ -391,7 +391,8 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
         # A flaky notebook is not skipped next time: its pass was luck.
         if record.status == Status.PASSED and not record.flaky:
             environment = await self.workers.environment(waiting.kernel)
-            passed = pass_key(waiting.key, waiting.cwd, environment, waiting.inputs)
+            if environment is not None:
+                passed = pass_key(waiting.key, waiting.cwd, environment, waiting.inputs)
         history = RunHistory(seconds=record.seconds, passed=passed)
         await asyncio.to_thread(self.history.put, waiting.task.notebook.source, history)
 
@@ -470,7 +471,9 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
         if not flight.withdrawn and flight.future is not None:
             self._count_loss(flight)
             flight.withdrawn = True
-            await flight.future.cancel()
+            # If the scheduler is gone, so is the task; _watch_workers reports it.
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                await flight.future.cancel()
 
     async def _release(self, flight: Flight) -> None:
         """Make dask forget the task, so that nothing repeats it."""

@@ -117,11 +117,20 @@ class ClusterWorkers:
         self.unusable.add(address)
         self.note(f"worker {address} gets no notebooks: {reason}")
 
-    async def environment(self, kernel: str) -> str:
-        """Describe the packages of a kernel on all machines; warn once if they differ."""
+    async def environment(self, kernel: str) -> str | None:
+        """Describe the packages of a kernel on all machines; warn once if they differ.
+
+        ``None`` if the scheduler cannot be asked.
+        """
         if kernel not in self.environments:
             self.environments[kernel] = asyncio.create_task(self._collect_environment(kernel))
-        return await asyncio.shield(self.environments[kernel])
+        try:
+            return await asyncio.shield(self.environments[kernel])
+        # The notebook has finished: its result must not be lost with the scheduler, whose end the
+        # watch over the workers reports.
+        except (OSError, asyncio.TimeoutError):
+            self.environments.pop(kernel, None)
+            return None
 
     async def _collect_environment(self, kernel: str) -> str:
         from safe_exec.batch.cluster.task import kernel_environment
