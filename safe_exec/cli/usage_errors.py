@@ -6,6 +6,7 @@ import difflib
 import os
 import shlex
 from collections.abc import Collection
+from importlib import import_module
 
 import click
 
@@ -38,10 +39,22 @@ def usage_line(
 def _no_such_option(error: click.exceptions.NoSuchOption) -> str:
     command = "safe-exec" if error.ctx is None else error.ctx.command_path
     name = one_line(error.option_name)
+    elsewhere = _command_with(name, command)
+    if elsewhere is not None:
+        return f"{name} is no option of {command}, but of safe-exec {elsewhere}"
     near = sorted(error.possibilities or (), key=lambda other: _unlikeness(name, other))
     if near:
         return f"there is no option {name}; did you mean {near[0]}?"
     return f"there is no option {name}; `{command} --help` lists all"
+
+
+def _command_with(option: str, command: str) -> str | None:
+    """Return the command for notebooks, other than this one, that has an option."""
+    for name in ("run", "batch"):
+        parameters = import_module(f"safe_exec.cli.{name}").command.params
+        if not command.endswith(f" {name}") and any(option in p.opts for p in parameters):
+            return name
+    return None
 
 
 def _unlikeness(one: str, other: str) -> float:
@@ -78,12 +91,15 @@ def _bad_value(error: click.exceptions.BadParameter) -> str:
         name = error.param.opts[-1] if isinstance(error.param, click.Option) else ""
     kind = error.param.type if error.param is not None else None
     message = one_line(error.message).rstrip(".")
+    # As in "'x' is not a valid integer range".
+    value = message.partition(" is not ")[0]
     if isinstance(kind, click.types.IntRange | click.types.FloatRange):
         bounds = f"from {kind.min}" if kind.max is None else f"from {kind.min} to {kind.max}"
         number = "a whole number" if isinstance(kind, click.types.IntRange) else "a number"
-        message = f"expected {number} {bounds}: {message}"
+        message = f"expected {number} {bounds}, found {value}"
     elif isinstance(kind, click.Choice):
-        message = f"expected one of {', '.join(map(str, kind.choices))}: {message}"
+        choices = ", ".join(map(str, kind.choices))
+        message = f"expected one of {choices}, found {value}"
     return f"{name}: {message}" if name else message
 
 

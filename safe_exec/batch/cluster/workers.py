@@ -128,7 +128,7 @@ class ClusterWorkers:
             return await asyncio.shield(self.environments[kernel])
         # The notebook has finished: its result must not be lost with the scheduler, whose end the
         # watch over the workers reports.
-        except (OSError, asyncio.TimeoutError):
+        except (TimeoutError, OSError):
             self.environments.pop(kernel, None)
             return None
 

@@ -22,12 +22,18 @@ ROWS = [
     (["run", "nb.ipynb", "--mechanisms", "cgroups"], "unknown mechanism cgroups; there are"),
     (["run", "nb.ipynb", "--only-tag", "shwo"], "did you mean 'show'?"),
     (["run", "bn.ipynb"], "bn.ipynb: no such file; did you mean nb.ipynb?"),
+    (["run", "nb.ipynb", "--jobs", "4"], "no option of safe-exec run, but of safe-exec batch"),
+    (["batch", "folder", "--json"], "no option of safe-exec batch, but of safe-exec run"),
+    (["run", "nb.ipynb", "--retries", "x"], "a whole number from 0 to 10, found 'x'"),
     # A wrong unit, number or choice.
     (["run", "nb.ipynb", "--memory", "1Q"], "a number with K, M, G or T, such as 512M"),
     (["run", "nb.ipynb", "--cell-timeout", "5x"], "such as 90s or 1h30m"),
     (["run", "nb.ipynb", "--retries", "99"], "--retries: expected a whole number from 0 to 10"),
     (["run", "nb.ipynb", "--compare", "--compare-tolerance", "x"], "expected a number from 0"),
-    (["run", "nb.ipynb", "--bisect", "maybe"], "expected one of auto, always, never: 'maybe'"),
+    (
+        ["run", "nb.ipynb", "--bisect", "maybe"],
+        "expected one of auto, always, never, found 'maybe'",
+    ),
     # A value that is missing, or one too many.
     (["run"], "expected safe-exec run NOTEBOOK"),
     (["batch"], "expected safe-exec batch PATH..."),
