@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 from safe_exec.batch.cluster.connection import parse_cluster
@@ -42,7 +43,7 @@ def test_packages_are_asked_for_once() -> None:
     async def ask() -> list[str | None]:
         return list(await asyncio.gather(workers.environment("k"), workers.environment("k")))
 
-    assert asyncio.run(ask()) == ['["x"]', '["x"]'] and notes == []
+    assert asyncio.run(ask()) == ["x", "x"] and notes == []
 
 
 def test_a_lost_scheduler_is_no_description_and_is_asked_again() -> None:
@@ -52,4 +53,13 @@ def test_a_lost_scheduler_is_no_description_and_is_asked_again() -> None:
     async def ask_twice() -> list[str | None]:
         return [await workers.environment("k"), await workers.environment("k")]
 
-    assert asyncio.run(ask_twice()) == [None, '["x"]']
+    assert asyncio.run(ask_twice()) == [None, "x"]
+
+
+def test_different_packages_are_told_and_part_of_the_description() -> None:
+    notes: list[str] = []
+    packages = {n: json.dumps([[], {}, json.dumps(["3.11", [], [["numpy", n]]])]) for n in "12"}
+    workers = workers_of(Client({"tcp://a:1": packages["1"], "tcp://b:1": packages["2"]}), notes)
+    described = asyncio.run(workers.environment("k"))
+    assert described == json.dumps([packages["1"], packages["2"]])
+    assert len(notes) == 1 and notes[0].startswith("kernel k differs between workers")
