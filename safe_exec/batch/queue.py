@@ -16,7 +16,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from safe_exec.batch.admission import Capacity
-from safe_exec.batch.fingerprint import Kernels, inputs_of, key_of_pass, key_of_run
+from safe_exec.batch.fingerprint import Kernels, inputs_of, key_of_run, pass_key
 from safe_exec.batch.history import History
 from safe_exec.batch.journal import Journal, JournalRecord
 from safe_exec.batch.ordering import longest_first
@@ -179,7 +179,19 @@ class NotebookQueue(Generic[QueuedT]):
     ) -> bool:
         # Compared last: collecting the packages of a kernel takes half a second.
         key = self.history.get(task.notebook.source).passed
-        return key is not None and key == key_of_pass(prepared, self.context.kernels, inputs)
+        if key is None:
+            return False
+        environment = self.kernel_environment(prepared.kernel_name)
+        if environment is None:
+            return False
+        return key == pass_key(key_of_run(prepared), prepared.paths.cwd, environment, inputs)
+
+    def kernel_environment(self, name: str) -> str | None:
+        """Describe a kernel and its packages where notebooks run; ``None`` if that is not known.
+
+        Called on any thread but that of the event loop.
+        """
+        return self.context.kernels.environment(name)
 
     def finish(self, notebook: SelectedNotebook, record: JournalRecord) -> None:
         """Take the record of a notebook that finished or cannot run."""

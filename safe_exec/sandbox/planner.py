@@ -131,6 +131,11 @@ REQUIRABLE: Mapping[str, LimitName | Wall] = {
 }
 
 
+def requirable_name(item: LimitName | Wall) -> str:
+    """Return the name of a limit or wall that no other one has."""
+    return next(name for name, other in REQUIRABLE.items() if other is item)
+
+
 def parse_required(text: str, limits: Limits) -> Required:
     """Parse ``--require memory,network``: names of limits and walls.
 

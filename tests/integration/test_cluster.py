@@ -335,3 +335,77 @@ def test_files_reach_a_machine_without_a_shared_file_system(place: ClusterPlace)
     assert not (place.folder / "docs/written.txt").exists()
     # One archive for all notebooks of the repository.
     assert len(list((place.own / "cache/safe-exec/archives").iterdir())) == 1
+
+
+# --- options that a cluster has to keep -------------------------------------------------------------------------
+
+
+@pytest.mark.kills
+def test_changed_notebooks_run_again_on_a_cluster_and_others_do_not(place: ClusterPlace) -> None:
+    for name in ("same", "changes", "fails"):
+        last = "1 / 0" if name == "fails" else "x"
+        make_notebook(place.folder / f"{name}.ipynb", *counting(place.own / name, "x = 1"), last)
+    place.cluster.start_worker("a")
+    # A limit in per cent would refer to the worker there, and to this machine here.
+    own = (".", "--memory", "400M", "--only-changed", "--no-bisect")
+    options = (*own, "--cluster", place.cluster.address)
+    first = place.done_on_cluster(place.start(*options))
+    assert Counter(first.statuses().values()) == {"passed": 2, "cell_error": 1}
+    changed = (*counting(place.own / "changes", "x = 1"), "print(x)")
+    make_notebook(place.folder / "changes.ipynb", *changed)
+    second = place.done_on_cluster(place.start(*options))
+    assert second.statuses() == {
+        "same.ipynb": "unchanged",
+        "changes.ipynb": "passed",
+        "fails.ipynb": "cell_error",
+    }
+    runs = {name: (place.own / name).stat().st_size for name in ("same", "changes", "fails")}
+    assert runs == {"same": 1, "changes": 2, "fails": 2}
+    # The packages are the same on this machine, so its own batch skips the notebook too.
+    here = place.done_on_cluster(place.start(*own))
+    assert here.statuses()["same.ipynb"] == "unchanged"
+
+
+@pytest.mark.kills
+def test_a_notebook_is_retried_on_a_cluster_and_is_flaky(place: ClusterPlace) -> None:
+    # A kill that nobody explains may pass; an exception is the notebook's own.
+    flag = place.own / "flag"
+    dies_once = f"import os\nif not os.path.exists({str(flag)!r}):\n    open({str(flag)!r}, 'w')"
+    killed = (
+        f"{dies_once}\n    import subprocess\n    subprocess.run(['sh', '-c', 'kill -9 $PPID'])"
+    )
+    make_notebook(place.folder / "dies-once.ipynb", killed)
+    make_notebook(place.folder / "raises.ipynb", *counting(place.own / "raises", "1 / 0"))
+    place.cluster.start_worker("a")
+    process = place.start(".", "--cluster", place.cluster.address, "--retries", "2", "--no-bisect")
+    done = place.done_on_cluster(process)
+    row = done.row("dies-once.ipynb")
+    assert (row["status"], row["attempts"], row["flaky"]) == ("passed", 2, True), row
+    row = done.row("raises.ipynb")
+    assert (row["status"], row["attempts"], row["flaky"]) == ("cell_error", 1, False), row
+    attempts = [
+        event["attempt"]
+        for event in place.journal()
+        if event["event"] == "started" and event["path"] == "dies-once.ipynb"
+    ]
+    assert attempts == [1, 2]
+
+
+@pytest.mark.kills
+@pytest.mark.bed("root", "bubblewrap")
+def test_a_requirement_is_checked_where_a_notebook_runs(place: ClusterPlace) -> None:
+    make_notebook(place.folder / "a.ipynb", "1")
+    # Without bubblewrap in its PATH this worker cannot hide a home as this machine can.
+    lacks = ("env", f"PATH={place.own}")
+    place.cluster.start_worker("lacks", machine="lacks", prefix=lacks)
+    wait_until(lambda: place.cluster.log("lacks").count("Registered"), 60, "the worker")
+    own = (".", "--limits", "ci", "--memory", "400M", "--require", "own-processes")
+    options = (*own, "--cluster", place.cluster.address)
+    refused = place.done_on_cluster(place.start(*options))
+    error = refused.row("a.ipynb")["error"]
+    assert error.startswith("--require: no worker enforces own_processes: lacks"), error
+    place.cluster.start_worker("able", machine="able")
+    wait_until(lambda: place.cluster.log("able").count("Registered"), 60, "the worker")
+    done = place.done_on_cluster(place.start(*options))
+    row = done.row("a.ipynb")
+    assert (row["status"], row["machine"]) == ("passed", "able"), row["error"]

@@ -49,6 +49,7 @@ from safe_exec.files import OutputDirectory, OutputRoot, one_line
 from safe_exec.model.limits import Wall
 from safe_exec.model.verdict import Status, Verdict
 from safe_exec.reports.batch.results import REFUSED
+from safe_exec.sandbox.planner import requirable_name
 from safe_exec.workflows.prepare import PreparedJob, prepare
 from safe_exec.workflows.run import abandon_job
 
@@ -93,6 +94,7 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
         """Run all notebooks; on return each has a result and nothing is running."""
         async with connected(self.address, self._local_memory()) as client:
             self.client: Client = client
+            self.loop = asyncio.get_running_loop()
             self.workers = ClusterWorkers(
                 client,
                 self.address,
@@ -241,11 +243,11 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
     ) -> WaitingNotebook | JournalRecord:
         """Return the notebook as it waits."""
         limits, isolation = prepared.limits.values, prepared.limits.isolation
-        enforced = {str(name) for name in prepared.limits.required}
+        enforced = {requirable_name(name) for name in prepared.limits.required}
         if isolation.required:
             walls = prepared.plan().walls
             # As in require_walls: only root can run the kernel as another user.
-            enforced |= {str(wall) for wall in walls if wall is not Wall.USER}
+            enforced |= {requirable_name(wall) for wall in walls if wall is not Wall.USER}
         return WaitingNotebook(
             task=replace(task, job=replace(task.job, resolved=prepared.limits.resolved)),
             cwd=prepared.paths.cwd,
@@ -259,6 +261,11 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
             key=key_of_run(prepared),
             inputs=inputs,
         )
+
+    def kernel_environment(self, name: str) -> str | None:
+        """Describe a kernel and its packages on the workers."""
+        environment = self.workers.environment(name)
+        return asyncio.run_coroutine_threadsafe(environment, self.loop).result()
 
     def _submit(self, waiting: WaitingNotebook) -> None:
         from safe_exec.batch.cluster.task import run_notebook

@@ -275,12 +275,18 @@ def _memory_of(worker: Worker) -> int:
 def _enforced(mechanisms: tuple[str, ...] | None) -> frozenset[str]:
     """Return the limits and walls that Linux enforces on this machine."""
     from safe_exec.sandbox.host.capabilities import detect, probe_isolation
-    from safe_exec.sandbox.planner import ALL_LIMITS, ALL_WALLS, build_plan, parse_mechanisms
+    from safe_exec.sandbox.planner import (
+        ALL_LIMITS,
+        ALL_WALLS,
+        build_plan,
+        parse_mechanisms,
+        requirable_name,
+    )
 
     machine = probe_isolation(detect(parse_mechanisms(mechanisms)))
     plan = build_plan(ALL_LIMITS, machine, "worker", ALL_WALLS)
     rows: dict[str, Enforcement] = {
-        **{str(name): row for name, row in plan.enforcement.items()},
-        **{str(name): row for name, row in plan.walls.items()},
+        **{requirable_name(name): row for name, row in plan.enforcement.items()},
+        **{requirable_name(wall): row for wall, row in plan.walls.items()},
     }
     return frozenset(name for name, enforcement in rows.items() if enforcement.hard)

@@ -23,7 +23,13 @@ from safe_exec.sandbox.plan import (
     fold,
     require,
 )
-from safe_exec.sandbox.planner import Required, build_plan, parse_required
+from safe_exec.sandbox.planner import (
+    REQUIRABLE,
+    Required,
+    build_plan,
+    parse_required,
+    requirable_name,
+)
 
 L, M = LimitName, Mechanism
 MIB = 1 << 20
@@ -359,6 +365,14 @@ def test_less_than_the_systems_kernel_is_refused(
         require(plan_for(machine), [name])
     assert all(word in str(caught.value) for word in words)
     assert "\n" not in str(caught.value)
+
+
+def test_no_limit_and_no_wall_share_a_name() -> None:
+    # As texts the limit and the wall of processes are equal.
+    items: list[LimitName | Wall] = [*LimitName, *Wall]
+    names = [requirable_name(item) for item in items]
+    assert len(set(names)) == len(names)
+    assert [REQUIRABLE[name] for name in names] == items
 
 
 @pytest.mark.parametrize(
