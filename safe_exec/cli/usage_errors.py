@@ -39,16 +39,16 @@ def usage_line(
 def _no_such_option(error: click.exceptions.NoSuchOption) -> str:
     command = "safe-exec" if error.ctx is None else error.ctx.command_path
     name = one_line(error.option_name)
-    elsewhere = _command_with(name, command)
-    if elsewhere is not None:
-        return f"{name} is no option of {command}, but of safe-exec {elsewhere}"
+    other_command = _other_command(name, command)
+    if other_command is not None:
+        return f"{name} is no option of {command}, but of safe-exec {other_command}"
     near = sorted(error.possibilities or (), key=lambda other: _unlikeness(name, other))
     if near:
         return f"there is no option {name}; did you mean {near[0]}?"
     return f"there is no option {name}; `{command} --help` lists all"
 
 
-def _command_with(option: str, command: str) -> str | None:
+def _other_command(option: str, command: str) -> str | None:
     """Return the command for notebooks, other than this one, that has an option."""
     for name in ("run", "batch"):
         parameters = import_module(f"safe_exec.cli.{name}").command.params
