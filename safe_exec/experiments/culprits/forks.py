@@ -131,14 +131,32 @@ class Forks:
         try:
             if self._task is None:
                 await self._start()
-            ending = await self._run(cells, time_budget)
+            deadline = time.monotonic() + time_budget
+            answer = await self._run_and_judge(cells, time_budget)
+            if answer is not None and not (self.has_failed or answer.names):
+                await self._prove(deadline - time.monotonic())
         except ForksFailed as reason:
             await self.end(str(reason))
             return None
-        answer = answer_of(self._subject.failure, ending)
-        if answer is None:
-            return None
-        if answer.outcome is Outcome.FAIL:
+        return answer
+
+    async def _prove(self, time_budget: float) -> None:
+        """Run all cells in a fork: what does not fail there either can be told by trials alone.
+
+        Raises ForksFailed if they do not fail.
+        """
+        await self._run_and_judge(self.cells_of(sorted(self._sources)), time_budget)
+        if not self.has_failed:
+            raise ForksFailed("all cells together do not fail in a fork")
+
+    async def _run_and_judge(
+        self, cells: Sequence[ForkCell], time_budget: float
+    ) -> ForkAnswer | None:
+        """Run cells, and note whether the failure was seen. Raises ForksFailed."""
+        if self.ended is not None:
+            raise ForksFailed(self.ended)
+        answer = answer_of(self._subject.failure, await self._run(cells, time_budget))
+        if answer is not None and answer.outcome is Outcome.FAIL:
             self.has_failed = True
         return answer
 
