@@ -227,7 +227,8 @@ class Recorder(oracle.Oracle):
             self.known, self.seconds = {}, 0.0
         found = await super().answer(query, **more)
         self.seconds += found.reply.seconds
-        if more.get("node") is None:
+        # What a fork answered, ddmin has to find out by a trial.
+        if more.get("node") is None and found.reply.from_scratch:
             self.known[frozenset(query.cells)] = (
                 found.reply.answer is Outcome.FAIL,
                 found.reply.seconds,

@@ -41,6 +41,8 @@ _OF_ONE_PROCESS = re.compile(
     r"\b(?:getp?pid|gettid|get_ident|get_native_id|current_process|fork\w*|multiprocessing|"
     r"ProcessPool\w*|asyncio|setitimer|alarm|Popen|shared_memory|mmap|memmap|joblib|dask|ray)\b"
 )
+# What maps files or memory that all forks see.
+_SHARED = re.compile(r"\b(?:shared_memory|SharedMemory|memmap|mmap)\b")
 # The cells after this much of work begin from a snapshot in later runs.
 LEAST_SECONDS = 0.1
 # Each is a process, and keeps pages that would otherwise be free.
@@ -103,8 +105,8 @@ def cells_with_files(sources: Mapping[int, str]) -> frozenset[int]:
     for cell in sorted(sources):
         source = sources[cell]
         _, tree = python_of(source)
-        if tree is None:
-            # A shell command or another language: anything may happen.
+        if tree is None or _SHARED.search(source):
+            # A shell command or another language, where anything may happen, or a mapped file.
             writing.add(cell)
             continue
         modules |= {k: v for node in tree.body for k, v in imports(node).items()}

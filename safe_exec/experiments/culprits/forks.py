@@ -127,6 +127,7 @@ class Forks:
         if self.ended is not None:
             return None
         if any(cell.index in self._with_files for cell in cells):
+            self._unbranchable["files that cells write"] = None
             return None
         try:
             if self._task is None:

@@ -180,8 +180,9 @@ def test_cells_that_write_files_directly_or_by_a_function_of_the_notebook() -> N
         2: "def save(rows):\n    with open('c', 'w') as file:\n        file.write(rows)",
         4: "save(frame)",
         5: "print(open('c').read())",
+        6: "import numpy as np\nsignal = np.memmap('d', mode='r+')",
     }
-    assert cells_with_files(sources) == {1, 4}
+    assert cells_with_files(sources) == {1, 4, 6}
 
 
 @pytest.mark.parametrize(
