@@ -19,7 +19,6 @@ from msgspec.structs import asdict, replace
 from safe_exec.agent import layout
 from safe_exec.errors import SafeExecError, SandboxError
 from safe_exec.keeper.protocol import DiscardedPlace
-from safe_exec.kernel.coverage_file import CoverageFile
 from safe_exec.kernel.env_allowlist import listed_environment
 from safe_exec.kernel.shared_page import Page
 from safe_exec.model.limits import LimitName, Limits
@@ -27,6 +26,7 @@ from safe_exec.sandbox.plan import SpawnPlan, require_walls
 from safe_exec.sandbox.sandbox import Sandbox, WallSetup
 
 if TYPE_CHECKING:
+    from safe_exec.kernel.coverage_file import CoverageFile
     from safe_exec.sandbox.enclosure import Enclosure
 
 # Imports only Jupyter's search path: importing jupyter_client takes longer than building a sandbox,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from safe_exec.errors import SafeExecError
-from safe_exec.kernel.coverage_file import CoverageFile
 from safe_exec.kernel.launch import Launch, LaunchedKernel, await_kernel, begin_launch, find_spec
 from safe_exec.model.limits import Limits
 from safe_exec.sandbox import keeper_process
 from safe_exec.sandbox.plan import SpawnPlan
+
+if TYPE_CHECKING:
+    from safe_exec.kernel.coverage_file import CoverageFile
 from safe_exec.sandbox.sandbox import Sandbox
 
 # Starting a kernel takes longer than all our own work until its first cell, so work that is done

@@ -21,7 +21,6 @@ from jupyter_client.connect import LocalPortCache
 from jupyter_client.provisioning import KernelProvisionerBase
 from traitlets.config import Application
 
-from safe_exec.kernel.coverage_file import CoverageFile
 from safe_exec.kernel.launch import AgentChannels, LaunchedKernel, inside_config, spawn
 from safe_exec.kernel.local_parity import (
     PORTS,
@@ -44,6 +43,7 @@ from safe_exec.sandbox.usage.process_tree import ProcessTree
 from safe_exec.units import format_size
 
 if TYPE_CHECKING:
+    from safe_exec.kernel.coverage_file import CoverageFile
     from safe_exec.sandbox.mechanisms.disk_watchdog import DiskWatch
 
 log = logging.getLogger("safe_exec")

@@ -32,8 +32,6 @@ from safe_exec.kernel.allocation_file import AllocationFile
 from safe_exec.kernel.channel import Channel
 from safe_exec.kernel.children import ChildHistory
 from safe_exec.kernel.connection import Address, ConnectFailed, Connection, connect
-from safe_exec.kernel.coverage_file import CoverageFile
-from safe_exec.kernel.fork_channel import RootHandover
 from safe_exec.kernel.input_answers import InputAnswers
 from safe_exec.kernel.installed_kernels import installed_kernels
 from safe_exec.kernel.late_text import LateText
@@ -62,6 +60,8 @@ from safe_exec.sandbox.usage.volumes import Volumes
 
 if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
+    from safe_exec.kernel.coverage_file import CoverageFile
+    from safe_exec.kernel.fork_channel import RootHandover
 
 # Time for exit hooks between the shutdown request and the kill.
 SHUTDOWN_SECONDS = 3.0

@@ -7,10 +7,8 @@ data file: a notebook cannot put a database of its own in that place.
 
 from __future__ import annotations
 
-import configparser
 import os
 import re
-import tomllib
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,10 +121,14 @@ def _configures(path: Path) -> bool:
     if path.name.startswith(".coveragerc"):
         return True
     if path.suffix == ".toml":
+        import tomllib
+
         try:
             return "coverage" in tomllib.loads(text).get("tool", {})
         except tomllib.TOMLDecodeError:
             return False
+    import configparser
+
     parser = configparser.ConfigParser(interpolation=None)
     try:
         parser.read_string(text)

@@ -37,7 +37,6 @@ from safe_exec.sandbox.mechanisms.bubblewrap import is_needed
 from safe_exec.sandbox.mechanisms.isolation import plan_isolation
 from safe_exec.sandbox.plan import SpawnPlan, require
 from safe_exec.sandbox.planner import Required, build_plan, parse_mechanisms, parse_required
-from safe_exec.workflows.library_coverage import CoverageRequest, CoverageRun, open_coverage
 
 if TYPE_CHECKING:
     from safe_exec.kernel.coverage_file import CoverageFile
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from safe_exec.model.events import EventSink
     from safe_exec.model.verdict import Verdict
     from safe_exec.notebook.comparison import ComparisonRules
+    from safe_exec.workflows.library_coverage import CoverageRequest, CoverageRun
 
 DEFAULT_KERNEL = "python3"
 
@@ -220,7 +220,7 @@ def prepare(
         limits = resolve_limits(job, header, bwrap_probe)
     paths = check_outputs(job)
     choice = _choose_kernel(job, header)
-    coverage = None if job.coverage is None else open_coverage(job.coverage, job.path)
+    coverage = _open_coverage(job)
     if kernel is not None and header.parsed is None:
         # A kernel takes longer to start than the rest of this function: validating the notebook,
         # the slowest step left, happens while it starts.
@@ -574,3 +574,12 @@ def _start_kernel(
 def command_line() -> tuple[str, ...]:
     """The command line of this process, for the verdict."""
     return ("safe-exec", *sys.argv[1:])
+
+
+def _open_coverage(job: Job) -> CoverageRun | None:
+    if job.coverage is None:
+        return None
+    # Imported only here: few runs measure coverage.
+    from safe_exec.workflows.library_coverage import open_coverage
+
+    return open_coverage(job.coverage, job.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from msgspec import Struct
@@ -11,7 +12,9 @@ from msgspec import Struct
 from safe_exec.cli.options.group import option_group
 from safe_exec.errors import UsageError
 from safe_exec.notebook.output_form import OnFailure, OutputForm
-from safe_exec.workflows.library_coverage import CoverageRequest, demand_coverage
+
+if TYPE_CHECKING:
+    from safe_exec.workflows.library_coverage import CoverageRequest
 
 
 class OutputOptions(Struct, frozen=True, kw_only=True):
@@ -70,6 +73,9 @@ def coverage_of(options: OutputOptions) -> CoverageRequest | None:
     """Return the request to measure coverage, if any. Raises UsageError without coverage."""
     if not options.coverage:
         return None
+    # Imported only here: few runs measure coverage.
+    from safe_exec.workflows.library_coverage import CoverageRequest, demand_coverage
+
     demand_coverage()
     return CoverageRequest(folder=Path.cwd())
 
