@@ -109,10 +109,10 @@ def finish(inside):
     finally:
         inside.in_cell = False
         if not inside.child:
-            inside.coverage.end_cell()
             inside.census.end_cell()
             inside.page.note_counts()
             inside.page.finish()
+            inside.coverage.end_cell()
 
 
 def source_of(inside, name):

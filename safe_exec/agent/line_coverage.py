@@ -148,11 +148,8 @@ class LineCoverage:
 
     def start(self):
         """Start to measure, on the main thread; from the first cell on."""
-        try:
-            self.measurement.start()
-        except Exception as error:
+        if not self.call(self.measurement.start):
             # Another tool of the notebook's environment may hold what sysmon needs.
-            self.put(problem="{}: {}".format(type(error).__name__, error))
             self.inside.coverage = NoCoverage()
             return
         self.traces = self.owns(sys.gettrace())
@@ -164,8 +161,8 @@ class LineCoverage:
         """Install the trace function again if an earlier cell removed it."""
         self.cell_started = time.monotonic()
         if self.traces and sys.gettrace() is None:
-            self.measurement.stop()
-            self.measurement.start()
+            self.call(self.measurement.stop)
+            self.call(self.measurement.start)
 
     def end_cell(self):
         """Write the lines of the cell that ran, and note if it replaced the trace function."""
@@ -218,14 +215,24 @@ class LineCoverage:
 
     def write(self):
         """Write rows for what is new."""
+        self.call(self.collect)
+        if self.is_ending:
+            self.call(self.look_for_unrun)
+
+    def collect(self):
+        """Take what was recorded. Raises RuntimeError if coverage gives it to somebody else."""
+        if self.measurement.get_data() is not self.data:
+            raise RuntimeError("coverage {} works differently".format(self.version))
+
+    def call(self, function):
+        """Call a function of coverage, and tell whether it worked; an error is put on record."""
         try:
-            if self.measurement.get_data() is not self.data:
-                raise RuntimeError("coverage {} works differently".format(self.version))
-            if self.is_ending:
-                self.look_for_unrun()
+            function()
         except Exception as error:
             # Memory may have run out: the notebook meets its own error.
             self.put(problem="{}: {}".format(type(error).__name__, error))
+            return False
+        return True
 
     def take(self, name, entries):
         """Write the new lines, or arcs, of a file."""
