@@ -86,6 +86,9 @@ def _spans(
             groups.append([statement])
     for group in groups:
         start, last = _first_line(group[0]), group[-1].end_lineno or group[-1].lineno
+        # The tree ends before a comment behind a backslash, whose line must not be lost.
+        while depth == 0 and last < len(lines) and lines[last - 1].endswith("\\"):
+            last += 1
         # A block in the line of its header cannot be removed by lines.
         if start < first_free or lines[start - 1][: group[0].col_offset].strip():
             return

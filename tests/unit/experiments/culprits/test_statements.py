@@ -6,7 +6,7 @@ import ast
 import textwrap
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from safe_exec.experiments.culprits.statements import (
@@ -108,6 +108,8 @@ def test_what_remains_is_a_part_of_the_users_lines(source: str, data: st.DataObj
 
 @settings(max_examples=400, deadline=None)
 @given(PYTHON)
+@example("a \\\n# why")
+@example("if 1:\n a \\\n# why")
 def test_without_removals_nothing_is_lost_but_comments(source: str) -> None:
     spans = spans_of(source)
     text = text_of(source, remaining_lines(source, spans, []))
