@@ -50,7 +50,11 @@ class DaskCluster:
         self.file.unlink(missing_ok=True)
         argv = [*SCHEDULER, "--host", address, "--no-dashboard", "--scheduler-file", str(self.file)]
         self.scheduler = self._start(argv, "scheduler")
-        wait_until(self.file.exists, 60, "the scheduler's file")
+        # dask writes it in place: for a moment it is there and empty.
+        wait_until(self._is_announced, 60, "the scheduler's file")
+
+    def _is_announced(self) -> bool:
+        return self.file.exists() and self.file.read_text().endswith("}")
 
     def start_worker(
         self,
