@@ -308,7 +308,8 @@ class KernelSession:
         # Meter and watchdog share one process tree, so that /proc is read once.
         watchdog = provisioner.watchdog
         tree = watchdog.tree if watchdog is not None else None
-        self.meter = Meter(self.plan, self.keeper_pid, self.pid, tree)
+        judge = watchdog.judge if watchdog is not None else None
+        self.meter = Meter(self.plan, self.keeper_pid, self.pid, tree, judge)
         self._watch()
         if self.instrumented and self.agent_channels is not None:
             if self.allocations is not None:

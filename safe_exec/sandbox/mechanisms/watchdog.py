@@ -116,6 +116,24 @@ class Watchdog(threading.Thread):
                     break
             return self._passed
 
+    def judge(self, use: TreeUse) -> None:
+        """Compare a reading of the processes that others made with the memory limit."""
+        # A peak of a few milliseconds falls between two checks, above all on a busy machine. Only
+        # the lower bound counts: no page in it is counted twice.
+        allowed = self._limits.memory
+        if allowed is None or LimitName.MEMORY not in self._names or use.least <= allowed:
+            return
+        with self._looking:
+            if self._passed or self._stop_event.is_set():
+                return
+            self._passed = True
+            if self.peaks.memory is None or use.least > self.peaks.memory:
+                children = replace(use, memory=use.least).children_memory
+                self.peaks = replace(
+                    self.peaks, memory=use.least, upper_bound=use.upper_bound, children=children
+                )
+            self._on_passed(LimitName.MEMORY, use.least)
+
     def stop(self) -> None:
         """Stop the watch and wait for its thread."""
         self._stop_event.set()

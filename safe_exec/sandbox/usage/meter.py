@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from msgspec import Struct
@@ -15,7 +15,7 @@ from msgspec import Struct
 from safe_exec.model.evidence import ProcessCount
 from safe_exec.sandbox.mechanisms import rlimits
 from safe_exec.sandbox.plan import SpawnPlan
-from safe_exec.sandbox.usage.process_tree import ProcessTree
+from safe_exec.sandbox.usage.process_tree import ProcessTree, TreeUse
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 # Linux gives these files out whole; the longest, memory.stat, has some 2 KiB.
@@ -115,8 +115,11 @@ class Meter:
         keeper_pid: int,
         kernel_pid: int | None = None,
         tree: ProcessTree | None = None,
+        on_use: Callable[[TreeUse], None] | None = None,
     ) -> None:
+        """Open the files of the counters; ``on_use`` is told of each reading of the processes."""
         self._plan = plan
+        self._on_use = on_use
         files = {Path(path).name: Path(path) for path in plan.cgroup.counter_files}
         self._open_files: list[CounterFile] = []
         self._memory_stat = self._keep(_beside(files, MEMORY_EVENTS, "memory.stat"))
@@ -148,6 +151,8 @@ class Meter:
     def read(self) -> Reading:
         """Return the current use."""
         use = self._tree.read() if self._tree else None
+        if use is not None and self._on_use is not None:
+            self._on_use(use)
         cpu = self._read_cpu() if self._cpu else (use.cpu_seconds if use else None)
         tasks = _parse_number(self._tasks.read()) if self._tasks else (use.tasks if use else None)
         if self._memory_stat is not None:

@@ -354,6 +354,30 @@ def test_one_process_past_the_limit_is_enough() -> None:
     assert [name for name, _ in passed] == [LimitName.MEMORY]
 
 
+def test_a_peak_that_only_another_reader_saw_counts_too() -> None:
+    files = MadeUp(pool(1, anonymous=600))
+    watchdog, passed = watched(files, memory=512 * MIB)
+    peak = watchdog.tree.read()
+    for process in files.processes.values():
+        process.anonymous = 10
+    assert not watchdog.check()
+    watchdog.judge(peak)
+    watchdog.judge(peak)
+    assert passed == [(LimitName.MEMORY, peak.least)]
+    assert watchdog.peaks.memory == peak.least > 512 * MIB
+    assert watchdog.check()
+
+
+def test_another_reader_s_upper_bound_kills_nobody() -> None:
+    watchdog, passed = watched(MadeUp(pool(12)), memory=512 * MIB)
+    use = watchdog.tree.read()
+    assert use.most > 512 * MIB
+    watchdog.judge(use)
+    watchdog.stop()
+    watchdog.judge(use)
+    assert passed == []
+
+
 def test_workers_that_no_longer_share_are_past_it_together() -> None:
     watchdog, passed = watched(MadeUp(pool(12, share=90)), memory=512 * MIB)
     assert watchdog.check()
