@@ -94,7 +94,8 @@ ROWS = [
 def test_a_state_is_forked_or_declined_and_the_cells_are_the_same(row: Row, place: Place) -> None:
     path = place.notebook(
         row.state,
-        "base = 0 * sum(range(10_000_000))",
+        # Long enough for a snapshot after it (LEAST_SECONDS) on a fast machine, too.
+        "base = 0 * sum(range(40_000_000))",
         "box = []",
         "box.append(1)",
         "other = 1",
