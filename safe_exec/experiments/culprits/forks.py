@@ -11,7 +11,6 @@ goes on from scratch. May import trial, kernel, sandbox and the pure parts of th
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import os
 import sys
@@ -38,6 +37,7 @@ from safe_exec.experiments.culprits.fork_answers import (
 from safe_exec.experiments.culprits.protocol import Outcome
 from safe_exec.experiments.rerun import isolated_request
 from safe_exec.experiments.workspace import SHM, TMP, WorkspaceFactory
+from safe_exec.files import one_line
 from safe_exec.kernel.fork_channel import ForkChannel, RootHandover
 from safe_exec.kernel.launch import find_spec
 from safe_exec.sandbox.keeper_process import runtime_directory
@@ -185,8 +185,13 @@ class Forks:
         # The kernel's cell ends when the root has ended.
         await asyncio.wait({task}, timeout=CLOSE_SECONDS)
         task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
+        try:
             await task
+        except asyncio.CancelledError:
+            # It did not end in time, and was cancelled above.
+            pass
+        except Exception as error:  # noqa: BLE001 - the search has its answers from scratch
+            self.ended = self.ended or f"their kernel failed: {one_line(error)}"
 
     # --- the kernel -------------------------------------------------------------------------------
 
