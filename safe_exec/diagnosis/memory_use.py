@@ -288,12 +288,16 @@ def in_notebook(use: MemoryUse, code_indexes: Sequence[int]) -> MemoryUse:
 
 
 def better_use(first: MemoryUse | None, observed: MemoryUse | None) -> MemoryUse | None:
-    """Return the better of two reports of one failure: it names the holders of more memory."""
+    """Return the better of two reports of one failure: it names the holders of more memory.
+
+    The lines are those of the observed trial, which samples more often or records all allocations.
+    """
     if first is None or observed is None:
         return first or observed
     if _named_share(observed) >= _named_share(first):
         return observed
-    return replace(first, recording_error=observed.recording_error)
+    lines = observed.lines or first.lines
+    return replace(first, lines=lines, recording_error=observed.recording_error)
 
 
 def is_explained(use: MemoryUse) -> bool:

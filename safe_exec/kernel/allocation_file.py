@@ -22,8 +22,6 @@ READER_SECONDS = 30.0
 MOST_BYTES = 1 << 47
 MOST_SITES = 10
 LONGEST_ERROR = 200
-# Of one mapping.
-LEAST_RESERVED_BYTES = 256 << 20
 
 
 class Recording(Struct, frozen=True, kw_only=True):
@@ -86,7 +84,7 @@ class AllocationFile:
 
 
 def without_reserved(rows: list[Any], peak: int | None) -> list[Any]:
-    """Return allocations without large mappings that cannot have been written to.
+    """Return the rows of the reader without large mappings that cannot have been written to.
 
     Allocators reserve address space beyond what they use: pyarrow's takes 1 GiB at once.
     """
@@ -95,10 +93,9 @@ def without_reserved(rows: list[Any], peak: int | None) -> list[Any]:
     total = sum(size for size, _, _ in rows)
     written: list[Any] = []
     for size, mapped, stack in sorted(rows, key=lambda row: -int(row[1])):
-        if int(mapped) >= LEAST_RESERVED_BYTES and total > peak:
-            total -= size
-        else:
-            written.append([size, mapped, stack])
+        reserved = int(mapped) if total > peak else 0
+        total -= reserved
+        written.append([size - reserved, mapped, stack])
     return written
 
 
@@ -107,8 +104,8 @@ def lines_of(rows: list[Any], code: CellCode, peak: int | None) -> tuple[CensusL
     sums: dict[tuple[CensusSite, ...], int] = {}
     for size, _, stack in without_reserved(rows, peak):
         sites = _sites(stack, code)
-        if sites:
-            sums[sites] = sums.get(sites, 0) + min(max(0, int(size)), MOST_BYTES)
+        if sites and int(size) > 0:
+            sums[sites] = sums.get(sites, 0) + min(int(size), MOST_BYTES)
     ordered = sorted(sums.items(), key=lambda item: -item[1])
     return tuple(CensusLine(bytes=size, sites=sites) for sites, size in ordered)
 
