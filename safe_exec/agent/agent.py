@@ -141,3 +141,4 @@ class Inside:
         self.page.lock = _thread.RLock()
         faulthandler.disable()
         faulthandler.unregister(layout.DUMP_SIGNAL)
+        faulthandler.unregister(layout.DUMP_ALL_SIGNAL)

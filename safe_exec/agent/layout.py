@@ -1,4 +1,4 @@
-"""The layout of the shared page, and the number of the dump signal.
+"""The layout of the shared page, and the numbers of the dump signals.
 
 ``kernel/shared_page.py`` reads it.
 """
@@ -24,6 +24,8 @@ COUNTS_AT, COUNTS = (
     256,
     struct.Struct("<QQ"),
 )  # characters written to stdout and stderr in this cell
+# Not zero: the runner asks for the stacks of all threads.
+REQUEST_AT = 280
 # 30 rows with the longest paths.
 STACK_AT, STACK_BYTES = 8192, 128 * 1024
 RECORD = struct.Struct(
@@ -34,4 +36,7 @@ TEXT, MESSAGE = 1, 2
 NUL = b"\xc0\x80"
 # In the line of the header.
 FINISHED = 1 << 31
+# The main thread writes its own stack.
 DUMP_SIGNAL = getattr(signal, "SIGRTMAX", 64) - 5
+# It writes the stacks of all threads, which is safe only while none of them can run.
+DUMP_ALL_SIGNAL = DUMP_SIGNAL - 1

@@ -133,6 +133,13 @@ class Page:
         struct.pack_into("<I", memory, base, self.start - base)
         return switched
 
+    def take_request(self):
+        """Tell whether the runner asked for the stacks of all threads, and forget it."""
+        if not self.memory[layout.REQUEST_AT]:
+            return False
+        self.memory[layout.REQUEST_AT] = 0
+        return True
+
     def stack(self, text):
         """Record the stack that the sampling thread saw."""
         data = text.encode("utf-8", "replace")[: layout.STACK_BYTES - 4]

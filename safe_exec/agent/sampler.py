@@ -1,12 +1,14 @@
 """A thread that samples where the main thread is."""
 
+import faulthandler
 import json
 import opcode
+import signal
 import sys
 import time
 
 from .holders import NEW_LOCALS
-from .layout import HISTORY, HISTORY_AT, SAMPLE, SAMPLE_AT
+from .layout import DUMP_ALL_SIGNAL, DUMP_SIGNAL, HISTORY, HISTORY_AT, SAMPLE, SAMPLE_AT
 
 # Short cells get a sample too; after ten seconds a slower rate is enough.
 SAMPLE_SECONDS = 0.02
@@ -22,6 +24,8 @@ def sample_forever(inside):
     """Sample the main thread about fifty times a second, with the wait for the interpreter lock."""
     page, clock, slot, last_place = inside.page, time.monotonic, 0, None
     started, cell = 0.0, 0
+    # They are for the main thread.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (DUMP_SIGNAL, DUMP_ALL_SIGNAL))
     while True:
         if inside.census.is_thorough:
             pause = THOROUGH_SAMPLE_SECONDS
@@ -34,6 +38,9 @@ def sample_forever(inside):
         if not inside.in_cell:
             continue
         page.note_counts()
+        if page.take_request():
+            # With the interpreter lock held, so that no frame changes meanwhile.
+            faulthandler.dump_traceback(file=inside.fault_fd, all_threads=True)
         inside.check_handler()
         inside.actions.send_traces()
         if page.cell != cell:

@@ -351,13 +351,16 @@ class Keeper:
         return int(max(shortest, min(longest, until_near)))
 
     def request_stack(self) -> bool:
-        """Send the signal at which the agent dumps the kernel's stack.
+        """Send the signal at which the main thread dumps its stack.
 
         False if nothing handles it.
         """
         number = self.plan.dump_signal if self.plan is not None else None
-        # Without a handler the signal would kill the kernel.
+        # Without a handler the signal would kill the kernel. Where the main thread blocks it, another
+        # thread would write its own stack.
         if not number or self.exited or not procfs.catches(self.pid, number):
+            return False
+        if procfs.blocks(self.pid, self.pid, number):
             return False
         procfs.signal_all([self.pid], number)
         return True

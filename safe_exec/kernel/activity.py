@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -33,8 +34,9 @@ STARVED_SECONDS = 0.25
 class ObservedKernel(Struct, frozen=True, kw_only=True):
     """The kernel to observe.
 
-    ``dump`` asks it for the stacks of its threads (``None`` if it cannot); ``dumped`` returns
-    the answer: the main thread's stack and those of the others. ``ended`` returns the children that
+    ``dump`` asks it for the stack of its main thread (``None`` if it cannot), or with true for those
+    of all threads, none of which may run; ``dumped`` returns the answer: the main thread's stack and
+    those of the others. ``ended`` returns the children that
     ended since the cell began, ``known_children`` all that were seen alive.
     """
 
@@ -42,7 +44,7 @@ class ObservedKernel(Struct, frozen=True, kw_only=True):
     keeper: int
     page: Page | None
     number: int
-    dump: Callable[[], None] | None
+    dump: Callable[[bool], None] | None
     dumped: Callable[[], tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...]]]
     ended: Callable[[], tuple[EndedChild, ...]]
     known_children: Callable[[], Mapping[int, EndedChild]]
@@ -131,18 +133,39 @@ async def _stacks(
         return subject.frames(rows), (), _what_is_awaited(rows)
     # A stopped process (T, t) handles no signal until it continues.
     if subject.dump is not None and state not in ("T", "t"):
-        subject.dump()
-        first_stacks: tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...]] = ((), ())
-        for _ in range(20):
-            await asyncio.sleep(0.01)
-            stacks = subject.dumped()
-            # The dump arrives in small pieces. It is complete once it stops growing.
-            if stacks[0] and stacks == first_stacks:
-                break
-            first_stacks = stacks
-        if first_stacks[0]:
-            return *first_stacks, None
+        # The main thread's own dump is exact. While the others may run, the sampling thread writes
+        # theirs: it holds the interpreter lock.
+        subject.dump(False)
+        if subject.page is not None:
+            subject.page.request_stacks()
+        stacks = await _dumped(subject)
+        if not stacks[1] and _is_lock_held(subject):
+            subject.dump(True)
+            stacks = await _dumped(subject)
+        if stacks[0]:
+            return *stacks, None
     return subject.frames(rows), (), None
+
+
+async def _dumped(
+    subject: ObservedKernel,
+) -> tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...]]:
+    """Wait for the requested stacks, at most 0.2 s, and return those that came."""
+    last_stacks: tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...]] = ((), ())
+    for _ in range(20):
+        await asyncio.sleep(0.01)
+        stacks = subject.dumped()
+        # A dump arrives in small pieces. It is complete once it stops growing.
+        if stacks[0] and stacks[1] and stacks == last_stacks:
+            break
+        last_stacks = stacks
+    return last_stacks
+
+
+def _is_lock_held(subject: ObservedKernel) -> bool:
+    """Whether the sampling thread has waited for the interpreter lock for a while."""
+    page = subject.page
+    return page is None or time.monotonic() - page.sample().time > STARVED_SECONDS
 
 
 def _sampled(subject: ObservedKernel) -> tuple[list[tuple[str, int, str, int]], bool]:
@@ -171,8 +194,6 @@ def _samples(
     # held the GIL.
     if subject.page is None or not subject.page.alive:
         return (), None, None
-    import time
-
     read_at = time.monotonic()
     recent = [
         s

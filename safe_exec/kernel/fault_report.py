@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _THREAD = lazy_pattern(
     r"^(Current thread|Thread) 0x([0-9a-fA-F]+)(?: \[.*\])? \(most recent call first\):"
 )
+# Of the main thread alone, on its own request.
+_OWN_STACK = "Stack (most recent call first):"
 _FRAME = lazy_pattern(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$')
 _TITLE = lazy_pattern(r"^Fatal Python error: (.*)$", re.MULTILINE)
 # Our own wrappers around ipykernel's functions. Their frames appear between a cell and a cell that
@@ -34,20 +36,25 @@ LONGEST = 500
 
 
 class Thread(Struct, frozen=True, kw_only=True):
-    """One thread of a dump; ``current`` faulted or answered. Frames come innermost first."""
+    """One thread of a dump; ``current`` faulted or answered. Frames come innermost first.
 
-    ident: int
+    ``ident`` is ``None`` for the main thread's dump of its own stack.
+    """
+
+    ident: int | None
     current: bool
     frames: tuple[Frame, ...]
 
 
 def parse_threads(text: str, cells: CellCode) -> tuple[Thread, ...]:
-    """Parse all threads of the last dump in ``text``; ``cells`` maps frames to cells."""
-    threads: list[tuple[int, bool, list[Frame]]] = []
+    """Parse all threads of the dumps in ``text``; ``cells`` maps frames to cells."""
+    threads: list[tuple[int | None, bool, list[Frame]]] = []
     # The last line may be cut off within a name. Use complete lines only.
     for line in text[: text.rfind("\n") + 1].split("\n"):
         if match := _THREAD.match(line):
             threads.append((int(match[2], 16), match[1] == "Current thread", []))
+        elif line == _OWN_STACK:
+            threads.append((None, True, []))
         elif (match := _FRAME.match(line)) and threads:
             number = None if match[2] == "???" else int(match[2])
             cell, line_in_cell = cells.locate(match[3], number, match[1])
@@ -80,20 +87,22 @@ def main_stack(text: str, cells: CellCode, main: int | None) -> tuple[Frame, ...
     """The main thread's frames in a dump; empty if the dump lacks it."""
     threads = parse_threads(text, cells)
     return next(
-        (t.frames for t in threads if t.ident == main),
+        (t.frames for t in threads if t.ident in {main, None}),
         threads[-1].frames if threads and main is None else (),
     )
 
 
 def other_stacks(text: str, cells: CellCode, main: int | None) -> tuple[tuple[Frame, ...], ...]:
     """Return the frames of all threads but the main one, each once."""
-    stacks = {t.ident: t.frames for t in parse_threads(text, cells) if t.ident != main and t.frames}
+    threads = parse_threads(text, cells)
+    stacks = {t.ident: t.frames for t in threads if t.ident not in {main, None} and t.frames}
     return tuple(stacks.values())
 
 
 def dumps(text: str, cells: CellCode, main: int | None) -> tuple[tuple[Frame, ...], ...]:
     """The main thread's frames in each of several dumps, oldest first."""
-    return tuple(t.frames for t in parse_threads(text, cells) if t.ident == main and t.frames)
+    threads = parse_threads(text, cells)
+    return tuple(t.frames for t in threads if t.ident in {main, None} and t.frames)
 
 
 def innermost_line(stack: Iterable[Frame], cell: int) -> int | None:

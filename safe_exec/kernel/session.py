@@ -584,14 +584,20 @@ class KernelSession:
             keeper=self.keeper_pid,
             page=self.page,
             number=number,
-            dump=(lambda: sandbox.signal(int(layout.DUMP_SIGNAL)))
-            if self.agent_facts.hello
-            else None,
+            dump=self.dump if self.agent_facts.hello else None,
             dumped=dumped,
             ended=self.history.ended,
             known_children=self.history.known,
             frames=self.agent_facts.frames,
         )
+
+    def dump(self, of_all: bool) -> None:
+        """Ask the fault handler for the main thread's stack, or for those of all threads."""
+        number = int(layout.DUMP_ALL_SIGNAL if of_all else layout.DUMP_SIGNAL)
+        # Without a handler the signal would kill the kernel. Where the main thread blocks it, another
+        # thread would write its own stack.
+        if procfs.catches(self.pid, number) and not procfs.blocks(self.pid, self.pid, number):
+            self.sandbox.signal(number)
 
     # --- end --------------------------------------------------------------------------------------
 

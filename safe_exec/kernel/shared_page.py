@@ -94,6 +94,10 @@ class Page:
             finished=bool(line & layout.FINISHED),
         )
 
+    def request_stacks(self) -> None:
+        """Ask the sampling thread for the stacks of all threads; it answers like the fault handler."""
+        self._memory[layout.REQUEST_AT] = 1
+
     def counts(self) -> tuple[int, int]:
         """Return the numbers of characters written to stdout and stderr, sent or not."""
         out, err = layout.COUNTS.unpack_from(self._memory, layout.COUNTS_AT)

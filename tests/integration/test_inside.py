@@ -41,3 +41,24 @@ def test_the_last_request_is_done_before_the_thread_ends_that_its_flush_waits_fo
     argv = [sys.executable, "-c", ENDING]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "[True] False False\n", done.stderr
+
+DUMP = """
+import os, signal, sys, tempfile, threading, types
+from safe_exec.agent import faults, layout
+file = tempfile.TemporaryFile()
+faults.arm(types.SimpleNamespace(fault_fd=file.fileno(), forked=lambda: None))
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+os.kill(os.getpid(), layout.DUMP_SIGNAL)
+own = os.pread(file.fileno(), 10000, 0).decode()
+os.kill(os.getpid(), layout.DUMP_ALL_SIGNAL)
+both = os.pread(file.fileno(), 10000, 0).decode()[len(own):]
+print([text.count("most recent call first") for text in (own, both)], "wait" in own, flush=True)
+os._exit(0)
+"""
+
+
+def test_a_dump_near_a_limit_reads_the_main_threads_frames_alone() -> None:
+    """Those of a thread that runs on may be gone: one kernel of a hundred ended with SIGSEGV."""
+    argv = [sys.executable, "-c", DUMP]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "[1, 2] False\n", done.stderr

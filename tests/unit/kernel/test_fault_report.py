@@ -18,6 +18,7 @@ from safe_exec.kernel.fault_report import (
     fatal_part,
     main_stack,
     most_typical,
+    other_stacks,
     parse_fault,
     parse_threads,
 )
@@ -71,6 +72,16 @@ def test_a_dump_that_was_asked_for(version: str) -> None:
     assert [frame.function for frame in worker.frames][-1] == "_bootstrap", (
         "a thread without notebook code stays whole"
     )
+
+
+def test_the_main_threads_dump_of_its_own_stack_has_no_number() -> None:
+    frame = '  File "/tmp/ipykernel_1/4.py", line {} in {}\n'
+    own = "Stack (most recent call first):\n" + frame.format(7, "exact")
+    others = "Thread 0x1 (most recent call first):\n" + frame.format(8, "later")
+    others += "Current thread 0x2 (most recent call first):\n" + frame.format(9, "other")
+    assert [f.function for f in main_stack(own + others, NO_CELLS, 1)] == ["exact"]
+    assert [s[0].function for s in other_stacks(own + others, NO_CELLS, 1)] == ["other"]
+    assert [s[0].function for s in dumps(own + others, NO_CELLS, 1)] == ["exact", "later"]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
