@@ -36,6 +36,10 @@ def _import_rich() -> None:
     import rich.console
     import rich.table  # noqa: F401 - for its later users
 
+    # RLIMIT_NPROC counts all tasks of a user: a thread that ends would leave its place to a notebook
+    # that has used up its own.
+    threading.Event().wait()
+
 
 def paint(style: str, text: str) -> str:
     """Return ``text`` between the escape sequences of one of ``STYLES``."""
