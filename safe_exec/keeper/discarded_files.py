@@ -23,7 +23,7 @@ import re
 import stat
 import time
 
-from safe_exec.keeper.protocol import Discarded, DiscardedGroup
+from safe_exec.keeper.protocol import HOME, SHM, TMP, Discarded, DiscardedGroup
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ MOST_DEPTH = 16
 MOST_DIRECTORIES = 200
 # Names right below a place that are told of; the rest is only counted.
 MOST_GROUPS = 50
-HOME, TMP, SHM, FOLDER = "home", "tmp", "shm", "folder"
 
 PRIVATE = 0o077
 TEMPORARY_ENDS = (".tmp", ".temp", ".lock", ".lck", ".pid", ".sock", ".swp", ".part", "~")

@@ -468,7 +468,7 @@ class Keeper:
             with contextlib.suppress(OSError):
                 listing.add(place.name, place.kind, fd, skip=place.skip)
         for place in self.plan.discarded:
-            disk = self.disk if place.kind == discarded_files.FOLDER else None
+            disk = self.disk if place.kind == protocol.FOLDER else None
             path = place.path if disk is None else bwrap.changed_files(disk.base)
             with contextlib.suppress(OSError):
                 fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -44,10 +44,14 @@ class CgroupSetup(NamedTuple):
     memory_limit: int | None = None
 
 
+# Kinds of places whose files disappear with the sandbox.
+HOME, TMP, SHM, FOLDER = "home", "tmp", "shm", "folder"
+
+
 class DiscardedPlace(NamedTuple):
     """A directory whose files disappear with the sandbox, to be listed before they do.
 
-    ``name`` is the user's name for ``path``, ``kind`` one of those in ``discarded_files``. ``skip``
+    ``name`` is the user's name for ``path``, ``kind`` one of the four above. ``skip``
     are paths below it that hold nothing of the notebook's: mount points.
     """
 

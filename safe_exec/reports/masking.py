@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from safe_exec.model.ending import TerminationReason
 from safe_exec.model.limits import LimitName, Mechanism
+from safe_exec.model.patterns import lazy_pattern
 from safe_exec.model.verdict import Activity, CauseKind, CellStatus, Confidence, Role, Status
 
 MASK = "***"
@@ -33,7 +34,7 @@ _NAME = re.compile(
     re.IGNORECASE,
 )
 # With these names even a number or a common word is masked.
-_SURE_NAME = re.compile(r"PASS|SECRET|CREDENTIAL|(?:^|_)(?:PWD|PIN)(?:$|_)", re.IGNORECASE)
+_SURE_NAME = lazy_pattern(r"PASS|SECRET|CREDENTIAL|(?:^|_)(?:PWD|PIN)(?:$|_)", re.IGNORECASE)
 # PWD is the working directory, which the shell exports.
 _NEVER = frozenset({"PWD", "OLDPWD"})
 # A path is only recognised below a usual top directory: a base64 secret may contain slashes.
@@ -41,10 +42,10 @@ _ROOT_NAMES = (
     "app bin boot content data dev etc home kaggle lib lib64 media mnt nix opt private proc root run sbin snap srv sys tmp usr var "
     "work workspace workspaces builds github Users Library Applications"
 )
-_PATH = re.compile(
+_PATH = lazy_pattern(
     rf"(?:~|\.{{1,2}})(?:/[^\0\n:]*)?|/(?:{_ROOT_NAMES.replace(' ', '|')})(?:/[^\0\n:]*)?"
 )
-_NUMBER = re.compile(
+_NUMBER = lazy_pattern(
     rf"[+-]?\d{{1,{LONGEST_NUMBER}}}(?:\.\d{{1,{LONGEST_NUMBER}}})?[a-zA-Z%]{{0,2}}"
 )
 _SETTINGS = (

@@ -278,6 +278,17 @@ def plain_line(event: events.Event, situation: Situation) -> str | None:
     return None
 
 
+def _is_failure(event: events.Event) -> bool:
+    match event:
+        case events.CellFinished():
+            return event.status in (CellStatus.FAILED, CellStatus.KILLED)
+        case events.Killed():
+            return event.reason is not TerminationReason.SHUTDOWN
+        case events.KernelEnded():
+            return not event.expected
+    return isinstance(event, events.LimitReached | events.Interrupted)
+
+
 def _finished(event: events.CellFinished, situation: Situation) -> str:
     parts = [f"{situation.cell_of(event.code_index)} {event.status.value}"]
     if event.seconds is not None:
@@ -328,8 +339,8 @@ class Progress:
     def __call__(self, event: events.Event) -> None:
         """Show an event."""
         self._situation.take(event)
-        # The diagnosis follows. The runner has nothing else to do while the first cell runs.
-        if isinstance(event, events.CellStarted) and not (self._preloaded or self._silent):
+        # The diagnosis of a failure follows.
+        if not (self._preloaded or self._silent) and _is_failure(event):
             self._preloaded = True
             layout.preload()
         self._last_event = self._clock()

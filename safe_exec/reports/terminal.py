@@ -25,7 +25,6 @@ _MOST_FRAMES = 3
 _STDERR_LINES = 5
 _MOST_DIFFERENCES = 3
 _DIFFERENCE_LINES = 12
-_GLYPHS = "✗✓│·…█░"
 _ASCII = str.maketrans({"✗": "x", "✓": "ok", "│": "|", "·": "-", "…": "...", "█": "#", "░": "."})
 
 
@@ -61,7 +60,7 @@ class Style(Struct, frozen=True, kw_only=True):
 
     def fit(self, line: str) -> str:
         """Replace characters that the encoding lacks: known signs by ASCII, others by escapes."""
-        if not _can_encode(self.encoding, _GLYPHS):
+        if not _can_encode(self.encoding, common.SIGNS):
             line = line.translate(_ASCII)
         return line.encode(self.encoding, "backslashreplace").decode(self.encoding)
 

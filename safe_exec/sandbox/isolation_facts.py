@@ -10,10 +10,10 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from safe_exec.keeper.discarded_files import FOLDER as OF_FOLDER
-from safe_exec.keeper.discarded_files import HOME as OF_HOME
-from safe_exec.keeper.discarded_files import SHM as OF_SHM
-from safe_exec.keeper.discarded_files import TMP as OF_TMP
+from safe_exec.keeper.protocol import FOLDER as OF_FOLDER
+from safe_exec.keeper.protocol import HOME as OF_HOME
+from safe_exec.keeper.protocol import SHM as OF_SHM
+from safe_exec.keeper.protocol import TMP as OF_TMP
 from safe_exec.keeper.protocol import DiscardedPlace
 from safe_exec.model.evidence import IsolationFacts
 from safe_exec.model.limits import FolderUse, Mechanism, RepositoryUse, Wall

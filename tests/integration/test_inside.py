@@ -42,6 +42,7 @@ def test_the_last_request_is_done_before_the_thread_ends_that_its_flush_waits_fo
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "[True] False False\n", done.stderr
 
+
 DUMP = """
 import os, signal, sys, tempfile, threading, types
 from safe_exec.agent import faults, layout

@@ -31,6 +31,9 @@ from safe_exec.model.verdict import (
 from safe_exec.units import format_seconds, format_size
 
 SEPARATOR = " · "
+SIGNS = "✗✓│·…█░"
+"""The characters of reports that are not ASCII, each one column wide."""
+_OWN_SIGNS = str.maketrans(dict.fromkeys(SIGNS, "x"))
 HEADLINE_WIDTH = 200
 FACT_WIDTH = 160
 FRAME_WIDTH = 160
@@ -64,7 +67,8 @@ def code_line(text: str) -> str:
 
 def display_width(text: str) -> int:
     """Return the columns of ``text`` on a terminal: 2 for wide characters, 0 for combining ones."""
-    if text.isascii():
+    # Most lines hold no other characters than these, and need no rich.
+    if text.translate(_OWN_SIGNS).isascii():
         return len(text)
     from rich.cells import cell_len
 

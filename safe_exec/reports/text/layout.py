@@ -1,7 +1,7 @@
 """Lay out text for a terminal: paint, wrap, and align in columns. By way of rich.
 
-rich is imported on first use. The import takes some 18 ms, which ``run`` spends while the first
-cell runs (``preload``).
+rich is imported on first use. The import takes some 18 ms: ``run`` needs it for a failure alone, and
+begins with the first sign of one (``preload``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
+
+from safe_exec.reports.text.common import display_width
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +53,7 @@ def paint(style: str, text: str) -> str:
 def wrap(text: str, width: int) -> list[str]:
     """Break ``text`` at spaces into lines of at most ``width`` columns; longer words are split."""
     # Most lines fit, and need no rich.
-    if text.isascii() and len(text) <= width:
+    if display_width(text) <= width:
         return [text] if text.strip() else []
     from rich.text import Text
 

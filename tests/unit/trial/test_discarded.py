@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safe_exec.keeper import discarded_files as rules
-from safe_exec.keeper.discarded_files import FOLDER, HOME, SHM, TMP, Listing
-from safe_exec.keeper.protocol import Discarded, DiscardedGroup
+from safe_exec.keeper.discarded_files import Listing
+from safe_exec.keeper.protocol import FOLDER, HOME, SHM, TMP, Discarded, DiscardedGroup
 from safe_exec.model.evidence import IsolationFacts
 from safe_exec.model.limits import FolderUse, Isolation, Limits
 from safe_exec.sandbox.host.capabilities import HostCapabilities
