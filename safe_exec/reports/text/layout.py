@@ -6,6 +6,7 @@ begins with the first sign of one (``preload``).
 
 from __future__ import annotations
 
+import contextlib
 import io
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,9 @@ LEAST_WIDTH = 24
 def preload() -> None:
     """Import rich on a thread, so that nobody waits for it later."""
     # A daemon: the import must not hold up a program that ends meanwhile.
-    threading.Thread(target=_import_rich, name="import-rich", daemon=True).start()
+    # Where no thread can start, the diagnosis imports rich.
+    with contextlib.suppress(RuntimeError):
+        threading.Thread(target=_import_rich, name="import-rich", daemon=True).start()
 
 
 def _import_rich() -> None:

@@ -186,7 +186,7 @@ def test_names_of_threads_and_a_stack_of_c() -> None:
 
 def test_a_thread_whose_name_has_brackets_is_a_thread_of_its_own() -> None:
     threads = parse_threads(THREE_FOURTEEN, CELLS)
-    assert [hex(thread.ident) for thread in threads] == [
+    assert [hex(thread.ident or 0) for thread in threads] == [
         "0x7f1111111111",
         "0x7f3333333333",
         "0x7f2222222222",
