@@ -43,6 +43,7 @@ DEAF_SECONDS = 0.05
 # When a cell that may hang in a known way is first looked at, and how long after each look again.
 FIRST_LOOK_SECONDS = 0.3
 LOOK_SECONDS = 0.5
+LEAST_PAUSE_SECONDS = 0.05
 # The pause after a look that showed something else, as a share of the cell's time so far.
 LOOK_SHARE = 0.1
 
@@ -216,9 +217,12 @@ class CellLoop:
                 pause = max(LOOK_SECONDS, (start_time - began) * LOOK_SHARE)
             else:
                 since = start_time if since is None else since
-                pause = LOOK_SECONDS
-                if time.monotonic() - since >= hang.seconds:
-                    return not execution.done()
+                moment = time.monotonic()
+                if moment - since >= hang.seconds:
+                    return not execution.done() and not hang.goes_on(observation)
+                # The last look ends when the picture has lasted for long enough.
+                last_pause = hang.seconds - (moment - since) - (moment - start_time)
+                pause = min(LOOK_SECONDS, max(LEAST_PAUSE_SECONDS, last_pause))
             self.state.forget_observation()
 
     def _deadline(self, limits: Limits, index: int) -> float | None:

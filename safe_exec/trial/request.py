@@ -53,12 +53,14 @@ class HangRecognition(Struct, frozen=True, kw_only=True):
     """Ends a cell that hangs as it is known to, before its time is up.
 
     ``is_known`` tells whether an observation of the running cell shows the known hang. It has to do
-    so for ``seconds`` without a break.
+    so for ``seconds`` without a break. Then ``goes_on`` is called with the last observation: if it
+    returns true, the cell is not looked at any more and runs until its time is up.
     """
 
     cell: int
     is_known: Callable[[ActivityObservation, Any], bool]
     seconds: float
+    goes_on: Callable[[ActivityObservation], bool]
 
 
 class TrialRequest(Struct, frozen=True, kw_only=True):

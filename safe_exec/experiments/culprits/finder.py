@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Generator, Mapping
-from functools import partial
 from typing import Any, TypeVar
 
 from msgspec import Struct, field
@@ -53,9 +52,14 @@ ERRATIC = MEMORY | {
 WEAK = 0.5
 # The reduction of the reproduction may take as long as the search before it, and at least so long.
 LEAST_REDUCTION_SECONDS = 20.0
-# Only cells that ran can have contributed to the failure.
+# A search for a hang takes so much longer than the cell's timeout, the settling of its last trial
+# included.
+HANG_SLACK_SECONDS, HANG_SETTLE_SECONDS = 5.0, 1.5
+# The trial that confirms a reduced reproduction lasts this share of the timeout at least.
+HANG_SHARE = 0.9
 _Result = TypeVar("_Result")
 
+# Only cells that ran can have contributed to the failure.
 RAN = (CellStatus.PASSED, CellStatus.FAILED, CellStatus.KILLED)
 
 
@@ -101,6 +105,8 @@ class Investigation:
         )
         self.number = 0
         self.start_time = time.monotonic()
+        # The reduction that was made while the run that confirms these cells went on.
+        self.reduced_early: tuple[tuple[int, ...], Reduction] | None = None
 
     def elapsed(self) -> float:
         """Return the seconds since the run began, the time base of events."""
@@ -257,6 +263,12 @@ class Investigation:
 
     async def ask_cells(self, query: Query) -> Reply:
         """Run a trial of a set of cells; a confirmation runs the reproduction itself."""
+        start_time = time.monotonic()
+        if query.fresh and self.oracle.is_hanging(query.cells):
+            # The run that confirms these cells goes on until its time is up.
+            reduction = self.reduction_of(query.cells)
+            await self.reduce_hang(query.cells, reduction, self.start_time)
+            self.reduced_early = query.cells, reduction
         self.number += 1
         self.first_run.sink(
             events.SearchTrialStarted(time=self.elapsed(), number=self.number, cells=query.cells)
@@ -266,7 +278,9 @@ class Investigation:
             query, node=node, crash=len(query.cells) - 1 if node is not None else None
         )
         self.report_trial(query, answered.reply)
-        return answered.reply
+        # The trials of statements count too.
+        seconds = min(time.monotonic() - start_time, query.time_budget)
+        return replace(answered.reply, seconds=max(answered.reply.seconds, seconds))
 
     def report_trial(self, query: Query, reply: Reply) -> None:
         """Emit the event for a finished trial."""
@@ -294,23 +308,88 @@ class Investigation:
         Returns the sources of the cells, by index; those of the notebook if nothing can go.
         """
         sources = {index: self.sources[index] for index in result.cells}
-        if self.crash.line is None or not self.is_steady(result):
+        if not self.is_steady(result):
             return sources
-        reduction = Reduction(
-            sources,
+        if self.reduced_early is not None and self.reduced_early[0] == result.cells:
+            reduction = self.reduced_early[1]
+        elif self.oracle.recognition_seconds() is not None:
+            # The run that confirmed these cells began anew.
+            reduction = self.reduction_of(result.cells)
+            await self.reduce_hang(result.cells, reduction, time.monotonic())
+        else:
+            reduction = self.reduction_of(result.cells, confirms=True)
+            await self.reduce_others(result.cells, reduction)
+        if not reduction.is_smaller:
+            return sources
+        is_certain = reduction.confirms or await self.confirms(result.cells, reduction)
+        return reduction.texts(reduction.selection) if is_certain else sources
+
+    def reduction_of(self, cells: tuple[int, ...], *, confirms: bool = False) -> Reduction:
+        """Return the reduction of culprit cells; without a crash line all of them has to stay."""
+        return Reduction(
+            {index: self.sources[index] for index in cells},
             crash=self.crash.index,
-            crash_line=self.crash.line,
+            crash_line=self.crash.line or 1,
             lines=self.lines_of_crash(),
             language=self.first_run.verdict.notebook.language,
+            confirms=confirms,
         )
-        seconds = sum(self.records[index].seconds or 0.0 for index in result.cells)
+
+    async def reduce_others(self, cells: tuple[int, ...], reduction: Reduction) -> None:
+        """Reduce statements; each depth is confirmed."""
+        if self.crash.line is None:
+            return
         elapsed = time.monotonic() - self.start_time
-        end = time.monotonic() + min(
-            self.first_run.budget - elapsed, max(LEAST_REDUCTION_SECONDS, elapsed)
+        end = time.monotonic() + min(self.remaining(), max(LEAST_REDUCTION_SECONDS, elapsed))
+        steps = reduction.steps(
+            start_seconds=sum(self.records[index].seconds or 0.0 for index in cells),
+            remaining=lambda: end - time.monotonic(),
         )
-        steps = reduction.steps(start_seconds=seconds, remaining=lambda: end - time.monotonic())
-        await self.drive(steps, partial(self.ask_statements, result.cells, reduction))
-        return reduction.texts(reduction.selection) if reduction.is_smaller else sources
+
+        async def ask(query: Query) -> Reply:
+            return await self.ask_statements(cells, reduction, reduction.selected(query), query)
+
+        await self.drive(steps, ask)
+
+    async def reduce_hang(
+        self, cells: tuple[int, ...], reduction: Reduction, start_time: float
+    ) -> None:
+        """Reduce statements by trials whose hang is recognised; the last one has to be confirmed.
+
+        It goes on, and ends soon enough after ``start_time`` for the search to end in time.
+        """
+        timeout = self.oracle.hang_timeout()
+        if timeout is None or self.crash.line is None:
+            return
+        seconds_before = sum(self.records[index].seconds or 0.0 for index in cells[:-1])
+        end = start_time + timeout + HANG_SLACK_SECONDS - HANG_SETTLE_SECONDS - seconds_before
+        least = HANG_SHARE * timeout
+
+        def remaining() -> float:
+            fits = self.remaining() > timeout + seconds_before + HANG_SETTLE_SECONDS
+            return end - time.monotonic() - least if fits else -1.0
+
+        async def ask(query: Query) -> Reply:
+            seconds = max(least, end - time.monotonic())
+            # Its trial may take its time; it began soon enough.
+            query = replace(query, time_budget=self.remaining())
+            selection = reduction.selected(query)
+            return await self.ask_statements(cells, reduction, selection, query, seconds)
+
+        # A trial begins if there is any time left.
+        await self.drive(reduction.steps(start_seconds=0.0, remaining=remaining), ask)
+
+    async def confirms(self, cells: tuple[int, ...], reduction: Reduction) -> bool:
+        """Tell whether the reduced cells fail in a run up to the timeout."""
+        if self.oracle.subject.request.cancellation.signals or self.remaining() <= 0:
+            return False
+        query = Query(cells=cells, time_budget=self.remaining(), fresh=True)
+        reply = await self.ask_statements(cells, reduction, reduction.selection, query)
+        return reply.answer is Outcome.FAIL
+
+    def remaining(self) -> float:
+        """Return the seconds that are left of the budget."""
+        return self.first_run.budget - (time.monotonic() - self.start_time)
 
     def is_steady(self, result: Result) -> bool:
         """Whether the culprits failed in every run: else a statement's part cannot be told."""
@@ -326,16 +405,22 @@ class Investigation:
         return lines
 
     async def ask_statements(
-        self, cells: tuple[int, ...], reduction: Reduction, query: Query
+        self,
+        cells: tuple[int, ...],
+        reduction: Reduction,
+        selection: frozenset[int],
+        query: Query,
+        hang_seconds: float | None = None,
     ) -> Reply:
         """Run a trial of the culprit cells with a part of their statements."""
         self.number += 1
-        selection = reduction.selected(query)
         node = self.document(cells, reduction.texts(selection))
         self.first_run.sink(
             events.SearchTrialStarted(time=self.elapsed(), number=self.number, cells=cells)
         )
-        answered = await self.oracle.answer(query, node=node, crash=len(cells) - 1, origins=cells)
+        answered = await self.oracle.answer(
+            query, node=node, crash=len(cells) - 1, origins=cells, hang_seconds=hang_seconds
+        )
         reply = reduction.judge(selection, answered.reply)
         self.report_trial(replace(query, cells=cells, best=cells), reply)
         return reply

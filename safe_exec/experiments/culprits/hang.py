@@ -88,6 +88,11 @@ def seconds_until_recognised(cell_timeout: float | None) -> float | None:
     return SAME_SECONDS
 
 
+def line_in(stack: tuple[Frame, ...], cell: int) -> int | None:
+    """Return the line of a cell that runs; ``None`` if the stack does not show it."""
+    return next((frame.line for frame in stack if frame.cell == cell), None)
+
+
 def _line_text(frame: Frame, node: Any) -> str | None:
     if frame.cell is None or frame.line is None or frame.cell >= len(node.cells):
         return None

@@ -3,15 +3,16 @@
 Trials are independent of each other. Each gets the folder as it was before the first run, a fresh
 kernel, sandbox, control group, /dev/shm and /tmp, and the original limits. Each cell gets a
 deadline derived from its earlier run time: a cell that hangs because another one is missing must
-not cost the whole cell timeout. A hang that is searched for is recognised by its picture, except by
-a trial that confirms. Where forks of a live kernel can tell the failure, they answer first
-(``forks.py``). Answers of trials are cached under everything that they depend on.
+not cost the whole cell timeout. A hang that is searched for is recognised by its picture, and the
+trial goes on to confirm that (``hang_runs.py``). Where forks of a live kernel can tell the failure,
+they answer first (``forks.py``). Answers of trials are cached under everything that they depend on.
 
 May import trial, notebook, sandbox and the pure parts of this package.
 """
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import os
 import time
@@ -30,7 +31,8 @@ from safe_exec.experiments.culprits import failure as failures
 from safe_exec.experiments.culprits.failure import TIMES, Failure
 from safe_exec.experiments.culprits.fork_answers import ForkAnswer, ForkCell
 from safe_exec.experiments.culprits.forks import Forks
-from safe_exec.experiments.culprits.hang import HangPicture, seconds_until_recognised
+from safe_exec.experiments.culprits.hang import HangPicture, line_in, seconds_until_recognised
+from safe_exec.experiments.culprits.hang_runs import HangRun, HangRuns
 from safe_exec.experiments.culprits.protocol import PASSED, Outcome, Query, Reply
 from safe_exec.experiments.rerun import (
     SETTLE_SECONDS,
@@ -65,6 +67,9 @@ ROOM_BYTES = 1 << 30
 EXACT_SOURCES = frozenset({"traceback", "fault", "only line"})
 
 CauseOf = Callable[[TrialResult, TrialRequest], Cause | None]
+
+# The kinds of trials that go on when their hang is recognised.
+OF_CELLS, OF_STATEMENTS = "cells", "statements"
 
 
 class Subject(Struct, frozen=True, kw_only=True):
@@ -118,6 +123,23 @@ class ObservedTrial(Struct, frozen=True, kw_only=True):
     request: TrialRequest
 
 
+class _Watch:
+    """Notes that a trial's hang was recognised and that it goes on."""
+
+    def __init__(self, has_room: Callable[[], bool]) -> None:
+        self._has_room = has_room
+        self.recognised = asyncio.Event()
+        self.observation: ActivityObservation | None = None
+
+    def goes_on(self, observation: ActivityObservation) -> bool:
+        """Tell whether the trial may go on."""
+        if not self._has_room():
+            return False
+        self.observation = observation
+        self.recognised.set()
+        return True
+
+
 class _Started(Struct, frozen=True, kw_only=True):
     """A trial whose kernel is starting, and the request that created its sandbox."""
 
@@ -141,7 +163,8 @@ class Oracle:
         self.recognised = 0
         self.disagreements = 0
         self.recognises = True
-        self._recognised_sets: set[tuple[int, ...]] = set()
+        self._recognised_sets: set[tuple[ForkCell, ...]] = set()
+        self._hang_runs = HangRuns(subject.request.cancellation)
         # The answers that came from forks, and the sets that failed in one; whether such an answer,
         # or a recognised hang, has led the search astray.
         self.forked = 0
@@ -152,8 +175,9 @@ class Oracle:
         self._next: _Started | None = None
 
     async def close(self) -> None:
-        """End the kernel that was started for a query that never came, and that of the forks."""
+        """End all kernels: of the forks, of trials that go on, and of a query that never came."""
         await self._forks.close()
+        await self._hang_runs.close()
         started, self._next = self._next, None
         if started is not None:
             await started.trial.discard()
@@ -165,12 +189,14 @@ class Oracle:
         node: Any | None = None,
         crash: int | None = None,
         origins: tuple[int, ...] | None = None,
+        hang_seconds: float | None = None,
     ) -> AnsweredQuery:
         """Answer a query from the cache, in a fork or by a trial.
 
         With ``node``, the trial runs the whole of that other notebook, in which ``crash`` is the
         index of the crash cell. If its cells are parts of the notebook's, ``origins`` are the
-        indexes of those. Raises RerunFailed if trials cannot be run.
+        indexes of those. ``hang_seconds`` is the time of the crash cell if it is to be less than
+        its limit. Raises RerunFailed if trials cannot be run.
         """
         # The key covers everything that an answer depends on, so entries never become stale.
         key = self._key(query, node)
@@ -185,9 +211,10 @@ class Oracle:
             if forked.outcome is Outcome.FAIL:
                 self._forked_sets.add(cells)
             return self._from_fork(query, forked, time.monotonic() - start_time)
-        self.trials += 1
-        answered, keep = await self._run(query, node, crash, start_time)
-        await self._compare(query, answered.reply, cells, forked)
+        answered, keep = await self._confirm_hang(query, cells, start_time) or await self._run(
+            query, node, crash, cells, start_time=start_time, hang_seconds=hang_seconds
+        )
+        await self._compare(query, answered.reply, cells, forked, of_cells=origins is None)
         if keep and self.cache is not None:
             self.cache.put(key, _to_cache(answered))
         return answered
@@ -221,9 +248,18 @@ class Oracle:
         cell = subject.node.cells[subject.failure.cell]
         return seconds_until_recognised(subject.request.cell_limits(cell).cell_timeout)
 
+    def hang_timeout(self) -> float | None:
+        """Return the time of the crash cell; ``None`` without a timeout."""
+        subject = self.subject
+        return subject.request.cell_limits(subject.node.cells[subject.failure.cell]).cell_timeout
+
     def is_recognised_only(self, cells: tuple[int, ...]) -> bool:
         """Tell whether the hang of a set was recognised and never confirmed by a run to the end."""
-        return cells in self._recognised_sets
+        return tuple(self._forks.cells_of(cells)) in self._recognised_sets
+
+    def is_hanging(self, cells: tuple[int, ...]) -> bool:
+        """Tell whether a trial of a set hangs, and goes on until its time is up."""
+        return self._hang_runs.has(tuple(self._forks.cells_of(cells)))
 
     def is_forked_only(self, cells: tuple[int, ...]) -> bool:
         """Tell whether a set failed in a fork, and never in a run from scratch."""
@@ -273,6 +309,8 @@ class Oracle:
         reply: Reply,
         cells: tuple[ForkCell, ...],
         forked: ForkAnswer | None,
+        *,
+        of_cells: bool,
     ) -> None:
         """Compare a run from scratch and to the end with what was found in a quicker way."""
         if reply.cut:
@@ -283,29 +321,95 @@ class Oracle:
             await self._forks.end("a run from scratch ended in another way")
         if not query.fresh:
             return
-        if query.cells in self._recognised_sets and not fails:
+        if cells in self._recognised_sets and not fails:
             # The cell is slow and does not hang: what looks the same here is not the same.
             self.disagreements += 1
-            self.recognises, self.misled = False, True
+            if of_cells:
+                self.recognises, self.misled = False, True
         if cells in self._forked_sets and not fails:
             self.disagreements += 1
             self.misled = True
             await self._forks.end("a run from scratch ended in another way")
-        self._recognised_sets.discard(query.cells)
+        self._recognised_sets.discard(cells)
         self._forked_sets.discard(cells)
 
     # --- one trial --------------------------------------------------------------------------------
 
     async def _run(
-        self, query: Query, other: Any | None, crash: int | None, start_time: float
+        self,
+        query: Query,
+        other: Any | None,
+        crash: int | None,
+        cells: tuple[ForkCell, ...],
+        *,
+        start_time: float,
+        hang_seconds: float | None,
     ) -> tuple[AnsweredQuery, bool]:
+        self.trials += 1
         # Take the prestarted kernel, so that its sandbox is never used twice.
         started, self._next = self._next or self._start(), None
+        watch = _Watch(self._has_room)
         request = self._request(started.request, query, other)
-        result = await started.trial.run(request)
-        if isinstance(result.ending, Cancelled) and not request.cancellation.signals:
-            raise RerunFailed("a trial was cancelled without a signal")
-        return self._judge(result, request, query, crash, time.monotonic() - start_time)
+        cell = self.subject.failure.cell if crash is None else crash
+        request = replace(
+            request,
+            # The result is confirmed by a run to the end.
+            hang=None if query.fresh else self._recognition(cell, watch),
+            cell_limits=_with_timeout(request.cell_limits, request.node.cells[cell], hang_seconds),
+        )
+        task = asyncio.create_task(started.trial.run(request))
+        recognised = asyncio.create_task(watch.recognised.wait())
+        try:
+            await asyncio.wait({task, recognised}, return_when=asyncio.FIRST_COMPLETED)
+        except BaseException:
+            task.cancel()
+            await asyncio.wait({task})
+            raise
+        finally:
+            recognised.cancel()
+        seconds = time.monotonic() - start_time
+        if not task.done() and watch.observation is not None:
+            kind = OF_CELLS if other is None else OF_STATEMENTS
+            await self._hang_runs.add(kind, cells, HangRun(task=task, request=request, crash=crash))
+            self._note_recognised(cells)
+            line = line_in(without_plumbing(watch.observation.stack), cell)
+            return self._of_picture(query, line, seconds), False
+        return self._judge(await task, request, query, crash, cells, seconds=seconds)
+
+    async def _confirm_hang(
+        self,
+        query: Query,
+        cells: tuple[ForkCell, ...],
+        start_time: float,
+    ) -> tuple[AnsweredQuery, bool] | None:
+        """Wait for the end of a trial of these cells that goes on; ``None`` if there is none."""
+        run = await self._hang_runs.end_of(cells) if query.fresh else None
+        if run is None:
+            return None
+        seconds = time.monotonic() - start_time
+        return self._judge(run.task.result(), run.request, query, run.crash, cells, seconds=seconds)
+
+    def _note_recognised(self, cells: tuple[ForkCell, ...]) -> None:
+        self.recognised += 1
+        self._recognised_sets.add(cells)
+
+    def _of_picture(self, query: Query, line: int | None, seconds: float) -> AnsweredQuery:
+        """Return the answer of a trial whose hang was recognised, and which goes on."""
+        kind = self.subject.failure.kind.value
+        reply = Reply(
+            answer=Outcome.FAIL,
+            seconds=min(seconds, query.time_budget),
+            ended=kind,
+            from_scratch=False,
+            line=line,
+        )
+        return AnsweredQuery(reply=reply, happened=kind)
+
+    def _has_room(self) -> bool:
+        """Tell whether the machine has room for one more kernel."""
+        required_bytes = (self.subject.request.limits.memory or ROOM_BYTES) + ROOM_BYTES
+        processors = os.cpu_count() or 1
+        return processors >= TWO_PROCESSORS and psutil.virtual_memory().available > required_bytes
 
     def _start(self) -> _Started:
         """Start a kernel in a sandbox and folder of its own before its query is known."""
@@ -317,11 +421,7 @@ class Oracle:
 
     async def _start_next(self) -> None:
         """Start the next trial's kernel while this one's cells run, if the machine has capacity."""
-        required_bytes = (self.subject.request.limits.memory or ROOM_BYTES) + ROOM_BYTES
-        room = (
-            os.cpu_count() or 1
-        ) >= TWO_PROCESSORS and psutil.virtual_memory().available > required_bytes
-        if self._next is None and room:
+        if self._next is None and self._has_room():
             self._next = self._start()
 
     def _request(self, template: TrialRequest, query: Query, other: Any | None) -> TrialRequest:
@@ -354,15 +454,12 @@ class Oracle:
                 else min(notebook_timeout, time_budget),
             ),
             cell_limits=cell_limits,
-            # The result is confirmed by fresh runs; other notebooks are confirmed by nothing else.
-            hang=None if query.fresh or other is not None else self._recognition(),
             started=time.monotonic(),
         )
 
-    def _recognition(self) -> HangRecognition | None:
-        """Return how to recognise the hang; ``None`` if trials run to the end."""
+    def _recognition(self, cell: int, watch: _Watch) -> HangRecognition | None:
+        """Return how to recognise the hang in a cell; ``None`` if trials run to the end."""
         picture, seconds = self.subject.hang, self.recognition_seconds()
-        cell = self.subject.failure.cell
         if picture is None or seconds is None:
             return None
 
@@ -370,7 +467,7 @@ class Oracle:
             stack = without_plumbing(observation.stack)
             return HangPicture.of_observation(observation, stack, cell, node) == picture
 
-        return HangRecognition(cell=cell, is_known=is_known, seconds=seconds)
+        return HangRecognition(cell=cell, is_known=is_known, seconds=seconds, goes_on=watch.goes_on)
 
     def _deadline(self, index: int) -> float | None:
         """Return the seconds that a cell may take in a trial; ``None`` keeps its original limit."""
@@ -387,9 +484,13 @@ class Oracle:
         request: TrialRequest,
         query: Query,
         crash: int | None,
+        cells: tuple[ForkCell, ...],
+        *,
         seconds: float,
     ) -> tuple[AnsweredQuery, bool]:
         """Return the answer, and whether it may be cached."""
+        if isinstance(result.ending, Cancelled) and not request.cancellation.signals:
+            raise RerunFailed("a trial was cancelled without a signal")
         # A failure of the sandbox must not count as an answer.
         trouble = why_not_run(result)
         if trouble is not None:
@@ -413,8 +514,10 @@ class Oracle:
             and cause.kind is not CauseKind.EXCEPTION
         ):
             (self.forms if another_form else self.others)[cause.kind.value] += 1
+        recognised = isinstance(result.ending, TimedOut) and result.ending.recognised
         reply = Reply(
             answer=answer,
+            from_scratch=not recognised or answer is not Outcome.FAIL,
             seconds=min(seconds, query.time_budget),
             stopped_at=stopped_at,
             names=names,
@@ -425,11 +528,8 @@ class Oracle:
             line=location.line if location is not None else None,
             exact_line=location is not None and location.source in EXACT_SOURCES,
         )
-        recognised = isinstance(result.ending, TimedOut) and result.ending.recognised
-        if recognised:
-            self.recognised += 1
-            if answer is Outcome.FAIL:
-                self._recognised_sets.add(query.cells)
+        if recognised and answer is Outcome.FAIL:
+            self._note_recognised(cells)
         # What was only recognised is no answer to keep.
         keep = not cut and not recognised and not isinstance(result.ending, Cancelled)
         return AnsweredQuery(reply=reply, happened=happened), keep
@@ -484,6 +584,20 @@ class Oracle:
                 "environment": self.subject.environment,
             }
         )
+
+
+def _with_timeout(
+    cell_limits: Callable[[Any], Limits], cell: Any, seconds: float | None
+) -> Callable[[Any], Limits]:
+    """Return the limits of cells, with a smaller timeout for one of them."""
+
+    def limits_of(other: Any) -> Limits:
+        limits = cell_limits(other)
+        if other is not cell or seconds is None or limits.cell_timeout is None:
+            return limits
+        return replace(limits, cell_timeout=min(limits.cell_timeout, seconds))
+
+    return limits_of
 
 
 def _cell_of(result: TrialResult) -> int | None:

@@ -94,6 +94,8 @@ def _no_definers(_name: str, _cell: int) -> tuple[int, ...]:
 class Problem(Struct, frozen=True, kw_only=True):
     """Everything that is known before the first trial.
 
+    If not ``confirms``, somebody else confirms the result from scratch.
+
     ``cells`` are the cells that ran, in order, with the crash cell last. ``slice`` is the backward
     slice of the crash cell, and ``needs`` the direct dependencies of each cell. ``predicted_stop``
     returns the cell at which a run of a set is certain to stop for an undefined name. Cells outside
@@ -131,6 +133,8 @@ class Problem(Struct, frozen=True, kw_only=True):
     erratic: bool = False
     # The seconds that the whole search may take.
     budget: float = math.inf
+    # Run the result again from scratch; else somebody else does.
+    confirms: bool = True
 
     @property
     def crash(self) -> int:

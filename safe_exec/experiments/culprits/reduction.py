@@ -42,7 +42,7 @@ class Reduction:
     """The pieces of some cells that are still there.
 
     ``sources`` are the cells in order, ``crash`` is the last of them, ``lines`` are those that must
-    stay, by cell.
+    stay, by cell. If not ``confirms``, no depth is confirmed, but the whole by somebody else.
     """
 
     def __init__(
@@ -53,8 +53,10 @@ class Reduction:
         crash_line: int,
         lines: Mapping[int, Collection[int]],
         language: str | None,
+        confirms: bool = True,
     ) -> None:
         self.sources, self.crash, self.language = sources, crash, language
+        self.confirms = confirms
         self.crash_line = crash_line
         self.depth = 0
         self._spans = {cell: spans_of(source) for cell, source in sources.items()}
@@ -179,6 +181,7 @@ class Reduction:
             predicted_stop=predicted_stop,
             start_seconds=start_seconds,
             budget=budget,
+            confirms=self.confirms,
         )
 
     def _definitions(self, number: int) -> frozenset[str]:
@@ -234,7 +237,11 @@ class Reduction:
     def apply(self, depth: int, result: Result) -> bool:
         """Keep the pieces that a search shows to be needed; false if that is not certain."""
         failures, runs = result.reproduced
-        certain = failures == runs > 0 and runs + result.quick >= CONFIRMATIONS
+        certain = failures == runs and (
+            runs > 0 and runs + result.quick >= CONFIRMATIONS
+            if self.confirms
+            else runs + result.quick > 0
+        )
         if not result.cells or not certain:
             return False
         self.selection = self.with_chosen(depth, result.cells)

@@ -1404,3 +1404,12 @@ def test_plain_ddmin_finds_what_is_needed() -> None:
     for needed in (NONE, cells_of(3), cells_of(0, 7), frozenset(range(8))):
         assert ddmin(range(8), lambda cells, needed=needed: cells >= needed)[0] == needed  # type: ignore[misc]
     assert ddmin(range(8), lambda _cells: False) == (NONE, 1)
+
+
+def test_a_result_that_somebody_else_confirms_is_not_run_again() -> None:
+    problem = Problem(cells=tuple(range(6)), slice=frozenset({1, 5}), confirms=False)
+    result, oracle = solve(problem, culprits(1, 5))
+    assert result.cells == (1, 5)
+    assert result.minimal
+    assert oracle.counts((1, 5)) == (1, 1)
+    assert not any(query.fresh for query in oracle.asks)

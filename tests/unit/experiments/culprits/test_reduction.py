@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from safe_exec.experiments.culprits.protocol import Outcome, Query, Reply
 from safe_exec.experiments.culprits.reduction import Reduction
@@ -45,7 +46,7 @@ def execute(texts: Mapping[int, str]) -> Reply:
 class Run:
     """A reduction of some cells that crash, and its number of trials."""
 
-    def __init__(self, *cells: str, budget: float = 1000.0) -> None:
+    def __init__(self, *cells: str, budget: float = 1000.0, confirms: bool = True) -> None:
         self.sources = dict(enumerate(cells))
         self.trials, self.budget = 0, budget
         whole = execute(self.sources)
@@ -56,6 +57,7 @@ class Run:
             crash_line=whole.line,
             lines={len(cells) - 1: {whole.line}},
             language="python",
+            confirms=confirms,
         )
         drive_sync(self.reduction.steps(start_seconds=1.0, remaining=self.remaining), self.ask)
         self.texts = self.reduction.texts(self.reduction.selection)
@@ -66,7 +68,10 @@ class Run:
     def ask(self, query: Query) -> Reply:
         self.trials += 1
         selection = self.reduction.selected(query)
-        return self.reduction.judge(selection, execute(self.reduction.texts(selection)))
+        reply = self.reduction.judge(selection, execute(self.reduction.texts(selection)))
+        # Nothing is seen to the end if somebody else confirms the whole.
+        certain = self.reduction.confirms or reply.answer is not Outcome.FAIL
+        return replace(reply, from_scratch=certain)
 
 
 NOISE = "a = 1\nb = [a]\nprint(b, end='')\n"
@@ -189,3 +194,10 @@ def test_any_notebook(parts: list[list[str]], end: str) -> None:
         users_lines = iter(run.sources[cell].splitlines())
         assert all(line in users_lines for line in text.splitlines()), "a subset, in order"
         assert len(text) <= len(run.sources[cell])
+
+
+def test_without_confirmations_the_same_remains_after_fewer_trials() -> None:
+    cells, remainder, most = TABLE["inside a function that is called"]
+    confirmed, run = Run(*cells), Run(*cells, confirms=False)
+    assert list(run.texts.values()) == remainder
+    assert run.trials < confirmed.trials <= most

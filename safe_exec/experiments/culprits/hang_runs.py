@@ -1,0 +1,72 @@
+"""Trials whose hang was recognised and that go on: their ends confirm what their pictures showed.
+
+A hang is confirmed by a run up to the cell's timeout. A trial that is left running when its hang is
+recognised is such a run, and the search need not wait for another one from the beginning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Hashable
+
+from msgspec import Struct
+
+from safe_exec.trial.request import Cancellation, TrialRequest, TrialResult
+
+# How often a signal to us is looked for.
+LOOK_SECONDS = 0.1
+
+
+class HangRun(Struct, frozen=True, kw_only=True):
+    """A trial that goes on, its request, and the crash cell if its notebook is another one."""
+
+    task: asyncio.Task[TrialResult]
+    request: TrialRequest
+    crash: int | None
+
+
+class HangRuns:
+    """The trials that go on: at most one of each kind, the last. ``close()`` ends them."""
+
+    def __init__(self, cancellation: Cancellation) -> None:
+        self._cancellation = cancellation
+        self._runs: dict[str, tuple[Hashable, HangRun]] = {}
+
+    def has(self, key: Hashable) -> bool:
+        """Tell whether the trial of these cells goes on."""
+        return any(key == other for other, _ in self._runs.values())
+
+    async def add(self, kind: str, key: Hashable, run: HangRun) -> None:
+        """Leave a trial running, in place of the one of this kind: its cells hang as well."""
+        replaced_run = self._runs.pop(kind, None)
+        self._runs[kind] = key, run
+        if replaced_run is not None:
+            await _end(replaced_run[1].task)
+
+    async def end_of(self, key: Hashable) -> HangRun | None:
+        """Wait until the trial of these cells is over; ``None`` without one, and after a signal."""
+        kind = next((kind for kind, (other, _) in self._runs.items() if other == key), None)
+        if kind is None:
+            return None
+        _, run = self._runs.pop(kind)
+        try:
+            # Signals are told to the trial that began last.
+            while not run.task.done() and not self._cancellation.signals:
+                await asyncio.wait({run.task}, timeout=LOOK_SECONDS)
+        finally:
+            if not run.task.done():
+                await _end(run.task)
+        return None if run.task.cancelled() else run
+
+    async def close(self) -> None:
+        """End all trials."""
+        runs = [run for _, run in self._runs.values()]
+        self._runs.clear()
+        for run in runs:
+            await _end(run.task)
+
+
+async def _end(task: asyncio.Task[TrialResult]) -> None:
+    """Cancel a trial: it kills its processes."""
+    task.cancel()
+    await asyncio.wait({task})
