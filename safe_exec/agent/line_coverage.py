@@ -93,7 +93,7 @@ class LineCoverage:
         self.coverage = importlib.import_module("coverage")
         self.folder = os.path.dirname(os.path.abspath(self.coverage.__file__))
         self.version = self.coverage.__version__
-        self.entries, self.replaced, self.is_ending = {}, False, False
+        self.entries, self.replaced, self.is_ending, self.failed = {}, False, False, False
         self.branch = settings["branch"]
         self.data = RowData(self.take)
         self.measurement = self.make(settings)
@@ -243,12 +243,17 @@ class LineCoverage:
             self.put(file=name, **{"arcs" if self.branch else "lines": sorted(news)})
 
     def put(self, **row):
-        """Append a row."""
+        """Append a row. The runner is told if rows are lost."""
+        data = json.dumps(row).encode("ascii") + b"\n"
         try:
-            os.write(self.descriptor, json.dumps(row).encode("ascii") + b"\n")
-        except (OSError, ValueError):
+            # A write that reaches a limit writes a part, and only the next one fails.
+            while data:
+                data = data[os.write(self.descriptor, data) :]
+        except OSError as error:
             # The file system is full, or the notebook's limit on file sizes is reached.
-            pass
+            if not self.failed:
+                self.failed = True
+                self.inside.fact(coverage_failed=error.errno)
 
     def end(self):
         """Write the last rows when the process exits, with the source files that never ran."""

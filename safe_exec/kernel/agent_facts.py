@@ -81,6 +81,8 @@ class AgentFacts:
         self.census = CensusFacts()
         # Why memray could not record allocations.
         self.recording_error: str | None = None
+        # The errno with which rows of coverage could not be written.
+        self.coverage_errno: int | None = None
         self.raised: dict[int, deque[ReportedErrors]] = {}
         self.armed = True
         self._cells: dict[int, str] = {}
@@ -158,6 +160,8 @@ class AgentFacts:
             self._note_failed_command(fact)
         elif "recording_failed" in fact:
             self.recording_error = str(fact["recording_failed"])[:LONGEST_TEXT]
+        elif "coverage_failed" in fact:
+            self.coverage_errno = int(fact["coverage_failed"])
         elif "census" in fact:
             self.census.take(fact)
         elif "armed" in fact:

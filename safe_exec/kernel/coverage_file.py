@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import tempfile
@@ -9,6 +10,8 @@ import weakref
 
 import msgspec
 from msgspec import Struct
+
+from safe_exec.files import one_line
 
 MOST_BYTES = 64 << 20
 MOST_FILES = 20_000
@@ -81,7 +84,7 @@ class CoverageFile:
 
 
 def record_of(data: bytes) -> CoverageRecord:
-    """Combine the rows of a file, up to the first invalid one: a kill may leave half a row."""
+    """Combine the valid rows of a file: a kill or a full disk may leave half a row."""
     record: dict[str, object] = {}
     lines: dict[str, set[int]] = {}
     arcs: dict[str, set[tuple[int, int]]] = {}
@@ -90,7 +93,7 @@ def record_of(data: bytes) -> CoverageRecord:
         try:
             row = decoder.decode(text)
         except (msgspec.DecodeError, UnicodeDecodeError):
-            break
+            continue
         if row.file is None:
             record |= _remark(row)
         elif _is_path(row.file) and len(lines) + len(arcs) < MOST_FILES:
@@ -100,6 +103,18 @@ def record_of(data: bytes) -> CoverageRecord:
             else:
                 lines.setdefault(row.file, set()).update(filter(_is_line, row.lines or ()))
     return CoverageRecord(lines=lines, arcs=arcs, **record)  # type: ignore[arg-type]
+
+
+def lost_rows(error: int) -> str:
+    """Return the warning about rows that the kernel could not write, with their errno."""
+    if error == errno.EFBIG:
+        reason = "its limit on the size of files is reached (raise --file-size)"
+    elif error in (errno.ENOSPC, errno.EDQUOT):
+        folder = one_line(tempfile.gettempdir())
+        reason = f"no space is left in {folder} (free some, or set TMPDIR)"
+    else:
+        reason = os.strerror(error)
+    return f"coverage is incomplete: the kernel could not write its record: {reason}"
 
 
 def _remark(row: _Row) -> dict[str, object]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from safe_exec.errors import KernelMissingError, KernelStartError
 from safe_exec.keeper.protocol import CleanupResult
+from safe_exec.kernel.coverage_file import lost_rows
 from safe_exec.kernel.session import (
     KernelSession,
     SessionRequest,
@@ -254,9 +255,14 @@ class Trial:
                 )
 
     def _warn_of_coverage(self) -> None:
-        """Warn if a cell ended the measurement of coverage."""
+        """Warn if a cell ended the measurement of coverage, or if its record was lost."""
         coverage = self.state.request.coverage
-        number = None if coverage is None else coverage.read().replaced
+        if coverage is None:
+            return
+        error = self.session.agent_facts.coverage_errno
+        if error is not None:
+            self.state.warnings.append(lost_rows(error))
+        number = coverage.read().replaced
         index = None if number is None else self.session.agent_facts.index_of(number)
         if index is not None:
             code_cell = self.state.metrics.code_index(index) + 1

@@ -183,6 +183,17 @@ def test_a_notebook_that_takes_the_trace_function_is_told(project: Path) -> None
     assert lines == DEFINITIONS | PLAIN
 
 
+def test_rows_beyond_the_limit_on_file_sizes_are_told(project: Path) -> None:
+    (project / "lib" / "large.py").write_text("value = 1\n" * 20_000)
+    path = make_notebook(project / "notebooks" / "large.ipynb", IMPORTS, "import large")
+    run = run_notebook(path, "--coverage", "--file-size", "64K")
+    assert run.verdict["status"] == "passed", run.stderr
+    (warning,) = run.verdict["warnings"]
+    assert warning.startswith("coverage is incomplete: ") and "raise --file-size" in warning
+    # Rows that were written before are kept.
+    assert combined(project)["lib/mylib.py"] == DEFINITIONS
+
+
 def test_our_own_trace_function_is_not_the_notebooks(project: Path) -> None:
     cells = (
         IMPORTS,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safe_exec.kernel.coverage_file import CoverageFile, CoverageSettings, record_of
+from safe_exec.kernel.coverage_file import CoverageFile, CoverageSettings, lost_rows, record_of
 
 
 def rows(*rows: dict[str, Any]) -> bytes:
@@ -35,9 +37,24 @@ def test_arcs_are_pairs() -> None:
     assert record.arcs == {"/a.py": {(-1, 2), (2, -1)}} and record.lines == {}
 
 
-def test_a_torn_row_ends_the_data() -> None:
+def test_a_torn_row_is_left_out() -> None:
     whole = rows({"file": "/a.py", "lines": [1]}, {"file": "/b.py", "lines": [1]})
     assert record_of(whole[:-4]).lines == {"/a.py": {1}}
+    later = rows({"file": "/c.py", "lines": [2]}, {"file": "/d.py", "lines": [3]})
+    # The row that follows a torn one directly is lost with it.
+    assert record_of(whole[:-4] + later).lines == {"/a.py": {1}, "/d.py": {3}}
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (errno.EFBIG, "raise --file-size"),
+        (errno.ENOSPC, "or set TMPDIR"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+def test_rows_that_were_not_written_are_a_warning_with_the_fix(error: int, words: str) -> None:
+    assert lost_rows(error).startswith("coverage is incomplete: ") and words in lost_rows(error)
 
 
 def test_paths_and_lines_that_cannot_be_are_left_out() -> None:
