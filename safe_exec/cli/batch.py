@@ -48,12 +48,12 @@ STDIN = "-"
     "--jobs",
     default=AUTO,
     metavar="N",
-    help="Notebooks at a time, if their memory fits [processors].",
+    help="Notebooks at a time, if they fit [processors].",
 )
 @click.option(
     "--cluster",
     metavar="WHERE",
-    help="Run on a dask cluster: tcp://host:8786, a scheduler file, local:N, slurm:N, or dask.",
+    help="Run on a cluster: slurm:N, local:N, tcp://...",
 )
 @click.option(
     "--exclude",
@@ -66,9 +66,7 @@ STDIN = "-"
     is_flag=True,
     help="Continue the interrupted batch in --out.",
 )
-@click.option(
-    "--only-changed", is_flag=True, help="Skip notebooks that passed before and have not changed."
-)
+@click.option("--only-changed", is_flag=True, help="Skip those that passed and have not changed.")
 @click.option("--fail-fast", is_flag=True, help="Start no more notebooks after a failure.")
 @click.option("--shard", metavar="K/N", help="Run part K of N.")
 @click.option(
@@ -80,7 +78,7 @@ STDIN = "-"
 @job_options(
     kernel_help="Kernel for all notebooks of its language.",
     cwd_help="Working directory [each notebook's folder].",
-    budget_help="Time limit of each search [60s, or 3 times the first run].",
+    budget_help="Time of each search [60s, or 3 times a run].",
 )
 @report_options
 @follow_option

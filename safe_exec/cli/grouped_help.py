@@ -9,8 +9,10 @@ import click
 
 from safe_exec.limits import spec
 
-# Two screens of an ordinary terminal.
 WIDTH = 100
+# Of an option with its placeholder. The rest of 80 columns is enough for each help text, so that all
+# options fit on two screens. A longer option has its text on the next line.
+LONGEST_OPTION = 26
 
 LIMITS = ("limits", *(row.name for row in spec.OPTIONS), "require", "mechanisms")
 ISOLATION = ("network", "read_only", "show", "writable", "hide", "env_names", "devices")
@@ -19,7 +21,7 @@ OUTPUT = (
     "events", "follow", "as_json", "github", "gitlab", "quiet", "help",
 )  # fmt: skip
 SEARCH = ("bisect", "no_bisect", "bisect_budget", "retries", "retry_on", "repeat")
-BATCH = ("jobs", "exclude", "resume", "only_changed", "fail_fast", "shard", "timings")
+BATCH = ("jobs", "cluster", "exclude", "resume", "only_changed", "fail_fast", "shard", "timings")
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "Limits": LIMITS,
@@ -44,15 +46,22 @@ class GroupedCommand(click.Command):
         """Write the options."""
         rows: dict[str, list[tuple[str, str]]] = {title: [] for title in GROUPS}
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None and isinstance(parameter, click.Option):
+            if isinstance(parameter, click.Option) and not parameter.hidden:
                 # Depending on its version, click gives its own option another name.
                 name = "help" if "--help" in parameter.opts else parameter.name or ""
-                rows[_GROUP_OF.get(name, "Cells")].append(record)
-        # The same column in all groups, so that the eye finds it.
-        width = max(len(name) for records in rows.values() for name, _ in records)
+                rows[_GROUP_OF.get(name, "Cells")].append(_row(parameter, ctx))
         for title, records in rows.items():
             if records:
                 with formatter.section(title):
-                    padded = [(name.ljust(width), text) for name, text in records]
-                    formatter.write_dl(padded, col_max=width)
+                    # The same column in all groups, so that the eye finds it.
+                    padded = [(name.ljust(LONGEST_OPTION), text) for name, text in records]
+                    formatter.write_dl(padded, col_max=LONGEST_OPTION)
+
+
+def _row(option: click.Option, ctx: click.Context) -> tuple[str, str]:
+    """Return an option with its placeholder, and its help.
+
+    click's own record also has the range of a number; the error about a wrong one has it too.
+    """
+    record = option.get_help_record(ctx)
+    return (record[0] if record is not None else "", option.help or "")

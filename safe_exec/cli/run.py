@@ -39,21 +39,19 @@ if TYPE_CHECKING:
 @click.option(
     "--verdict",
     type=click.Path(path_type=Path),
-    help="Path of the verdict, a JSON document [NB.verdict.json].",
+    help="Path of the verdict, JSON [NB.verdict.json].",
 )
 @job_options(
     kernel_help="Kernel to use instead of the notebook's own.",
     cwd_help="Working directory [the notebook's folder].",
-    budget_help="Time limit of the search [60s, or 3 times the first run].",
+    budget_help="Time of the search [60s, or 3 times a run].",
 )
 @click.option(
     "--events",
     type=click.Path(path_type=Path),
-    help="Write events as JSON lines to this file during the run.",
+    help="Write events to this file, as JSON lines.",
 )
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print the verdict as JSON instead of the diagnosis."
-)
+@click.option("--json", "as_json", is_flag=True, help="Print the verdict instead of the diagnosis.")
 @follow_option
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def command(

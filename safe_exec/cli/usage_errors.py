@@ -76,6 +76,8 @@ def _value_missing(error: click.exceptions.BadOptionUsage, ctx: click.Context) -
 
 
 def _placeholder(parameter: click.Option, ctx: click.Context) -> str:
+    if isinstance(parameter.type, click.Choice):
+        return "|".join(map(str, parameter.type.choices))
     return parameter.make_metavar(ctx)
 
 

@@ -67,21 +67,21 @@ ROWS = (
     LimitSpec(
         "memory",
         Kind.SIZE,
-        "Memory of the kernel and its processes (512M, 1.5GiB, 50%).",
+        "Memory of all processes (512M, 1.5GiB, 50%).",
         in_require_all=True,
         by_provisioner=True,
     ),
     LimitSpec(
         "cpus",
         Kind.PROCESSORS,
-        "Processors that the notebook may use at a time (0.5, 2).",
+        "Processors in use at a time (0.5, 2).",
         in_require_all=True,
         by_provisioner=True,
     ),
     LimitSpec(
         "cpu_time",
         Kind.TIME,
-        "Processor time of all processes together (90s, 5m).",
+        "Processor time of all processes (90s, 5m).",
         by_provisioner=True,
     ),
     LimitSpec(
@@ -90,14 +90,14 @@ ROWS = (
     LimitSpec(
         "timeout",
         Kind.TIME,
-        "Time of the whole notebook, with the kernel's start.",
+        "Time of the whole run, with the kernel's start.",
         by_runner=True,
         of_session=False,
     ),
     LimitSpec(
         "start_timeout",
         Kind.TIME,
-        "Time in which the kernel must answer after its start.",
+        "Time in which the kernel must start.",
         by_runner=True,
     ),
     LimitSpec(
@@ -124,21 +124,21 @@ ROWS = (
     LimitSpec(
         "cell_output",
         Kind.SIZE,
-        "Output of each cell that is kept.",
+        "Output that is kept of each cell.",
         by_runner=True,
         of_cell=True,
     ),
     LimitSpec(
         "output",
         Kind.SIZE,
-        "Output of all cells that is kept; one cell may use it all.",
+        "Output that is kept of all cells together.",
         by_runner=True,
         of_session=False,
     ),
     LimitSpec(
         "disk",
         Kind.SIZE,
-        "Bytes written to /tmp, home and (a copy of) the folder.",
+        "Bytes written to the folder, /tmp and home.",
     ),
     LimitSpec("shm", Kind.SIZE, "Size of shared memory (/dev/shm)."),
     LimitSpec(

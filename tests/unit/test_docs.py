@@ -408,10 +408,10 @@ def test_mechanisms_that_can_be_chosen() -> None:
     said = re.search(r"uses\s+only\s+these\s+of\s+(.*?)\.\s+It", text, re.DOTALL)
     assert said
     assert CODE.findall(said[1]) == [str(mechanism) for mechanism in CHOOSABLE]
-    for command in ("run", "doctor"):
-        option = next(p for p in commands()[command].params if p.name == "mechanisms")
-        assert isinstance(option, click.Option) and option.help
-        assert all(mechanism in option.help for mechanism in CHOOSABLE)
+    # The help of `run` has no room for all; an unknown one is an error that lists them.
+    option = next(p for p in commands()["doctor"].params if p.name == "mechanisms")
+    assert isinstance(option, click.Option) and option.help
+    assert all(mechanism in option.help for mechanism in CHOOSABLE)
 
 
 def test_a_place_for_the_overshoot() -> None:

@@ -63,7 +63,7 @@ input_options = option_group(
             nargs=2,
             multiple=True,
             metavar="NAME VALUE",
-            help="Set a parameter: a number, True, False, None or a text.",
+            help="Set a parameter: a number, True, None or a text.",
         ),
         click.option(
             "-r",
@@ -72,7 +72,7 @@ input_options = option_group(
             nargs=2,
             multiple=True,
             metavar="NAME TEXT",
-            help="Set a parameter to a text, even if it looks like a number.",
+            help="Set a parameter to a text, even if it is 007.",
         ),
         click.option(
             "--parameters",
@@ -94,7 +94,7 @@ input_options = option_group(
             multiple=True,
             type=click.Path(path_type=Path),
             metavar="FILE",
-            help="Set the variables in a .env file (NAME=VALUE lines).",
+            help="Set the variables in a .env file.",
         ),
         click.option(
             "--skip-tag",
@@ -113,17 +113,17 @@ input_options = option_group(
         click.option(
             "--until",
             metavar="CELL",
-            help="Stop after this code cell: its number, its id or its tag.",
+            help="Stop after this code cell (number, id or tag).",
         ),
         click.option(
             "--compare",
             is_flag=True,
-            help="Fail if outputs differ from those stored in the notebook.",
+            help="Fail if outputs differ from the stored ones.",
         ),
         click.option(
             "--compare-lax",
             is_flag=True,
-            help="Compare the outputs of cells marked NBVAL_CHECK_OUTPUT only.",
+            help="Compare only cells marked NBVAL_CHECK_OUTPUT.",
         ),
         click.option(
             "--sanitize-with",
@@ -131,21 +131,21 @@ input_options = option_group(
             multiple=True,
             type=click.Path(path_type=Path),
             metavar="FILE",
-            help="Replace text before comparing, by rules in nbval's format.",
+            help="Replace text before comparing (nbval's format).",
         ),
         click.option(
             "--compare-tolerance",
             "tolerance",
             type=click.FloatRange(min=0),
             metavar="X",
-            help="Treat numbers as equal up to this difference (1e-6).",
+            help="Accept numbers that differ by up to X (1e-6).",
         ),
         click.option(
             "--compare-images",
             "image_distance",
             type=click.IntRange(0, 64),
             metavar="N",
-            help="Treat images as equal if at most N of 64 hash bits differ.",
+            help="Accept images that differ in up to N of 64 bits.",
         ),
         click.option(
             "--exit-is",
@@ -156,7 +156,7 @@ input_options = option_group(
         click.option(
             "--strict-shell",
             is_flag=True,
-            help="Make a failing !command an error, not a warning.",
+            help="Make a failing !command an error.",
         ),
         click.option(
             "--stdin",

@@ -30,7 +30,6 @@ from safe_exec.cli.options.outputs import OutputOptions, coverage_of, form_of, o
 from safe_exec.cli.options.retries import RetryOptions, retry_options
 from safe_exec.errors import UsageError
 from safe_exec.notebook.kernel_choice import KernelFallback
-from safe_exec.sandbox.planner import CHOOSABLE
 from safe_exec.units import UnitError, parse_duration
 from safe_exec.workflows.prepare import Bisect, Job, command_line
 
@@ -69,7 +68,7 @@ def job_options(*, kernel_help: str, cwd_help: str, budget_help: str) -> Decorat
             click.option(
                 "--limits",
                 metavar="NAME|FILE",
-                help="Profile default, ci, strict or untrusted, or your YAML file.",
+                help="Profile (ci, strict, untrusted) or a YAML file.",
             ),
             limit_options(),
             wall_options,
@@ -81,7 +80,8 @@ def job_options(*, kernel_help: str, cwd_help: str, budget_help: str) -> Decorat
                 "--kernel-fallback",
                 type=click.Choice([choice.value for choice in KernelFallback]),
                 default=KernelFallback.LANGUAGE.value,
-                help="If the kernel is missing: use one of its language, or fail.",
+                metavar="HOW",
+                help="Replace a missing kernel: language or never.",
             ),
             click.option("--cwd", type=click.Path(path_type=Path), help=cwd_help),
             click.option(
@@ -92,29 +92,30 @@ def job_options(*, kernel_help: str, cwd_help: str, budget_help: str) -> Decorat
             click.option(
                 "--keep-going",
                 is_flag=True,
-                help="Continue after each failure, even a death, and report all.",
+                help="Continue after every failure, even a death.",
             ),
             click.option(
                 "--require",
                 metavar="LIMIT,...",
-                help="Refuse to run unless the system enforces these (or: all).",
+                help="Run only if the system enforces these (or all).",
             ),
             click.option(
                 "--mechanisms",
                 metavar="NAME,...",
-                help=f"Use only these mechanisms: {', '.join(CHOOSABLE)}.",
+                help="Enforce limits only by these (rlimit,watchdog).",
             ),
             click.option(
                 "--locals",
                 "with_locals",
                 is_flag=True,
-                help="Show local variables in the native stack of a crash; secrets are masked.",
+                help="Show local variables in the stack of a crash.",
             ),
             click.option(
                 "--bisect",
                 type=click.Choice([choice.value for choice in Bisect]),
                 default=Bisect.AUTO.value,
-                help="Search for the cells that cause a failure [auto].",
+                metavar="WHEN",
+                help="Find culprit cells: auto, always, never [auto].",
             ),
             click.option(
                 "--no-bisect", is_flag=True, help="Do not search for culprits (--bisect never)."

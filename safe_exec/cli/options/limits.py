@@ -89,13 +89,13 @@ wall_options = option_group(
             "--show",
             multiple=True,
             metavar="PATH",
-            help="Let the notebook read a path that isolation hides.",
+            help="Let the notebook read what isolation hides.",
         ),
         click.option(
             "--writable",
             multiple=True,
             metavar="PATH",
-            help="Let the notebook write to this path; the files stay.",
+            help="Let the notebook write here; the files stay.",
         ),
         click.option(
             "--hide",

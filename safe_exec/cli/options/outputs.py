@@ -35,12 +35,12 @@ output_options = option_group(
         click.option(
             "--in-place",
             is_flag=True,
-            help="Write the result over the notebook itself, if it passes.",
+            help="Write over the notebook itself, if it passes.",
         ),
         click.option(
             "--on-failure",
             type=click.Choice([choice.value for choice in OnFailure]),
-            help="With --in-place: keep one that fails, or write it too.",
+            help="With --in-place: keep or write one that fails.",
         ),
         click.option(
             "--clean-metadata",
@@ -54,12 +54,12 @@ output_options = option_group(
             "--keep-files",
             multiple=True,
             metavar="PATTERN",
-            help="Keep these files of a private copy of the folder ('*.png').",
+            help="Keep these files of a private copy ('*.png').",
         ),
         click.option(
             "--coverage",
             is_flag=True,
-            help="Record which library code ran, for `coverage combine`.",
+            help="Record library code that ran (coverage combine).",
         ),
     ),
 )

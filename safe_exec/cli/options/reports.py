@@ -60,7 +60,7 @@ report_options = option_group(
         click.option(
             "--gitlab/--no-gitlab",
             default=None,
-            help="Write codequality.json to --out [if GITLAB_CI is set].",
+            help="Write codequality.json [if on GitLab].",
         ),
     ),
 )

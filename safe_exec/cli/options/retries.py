@@ -30,7 +30,7 @@ retry_options = option_group(
             type=click.IntRange(1, 1000),
             default=1,
             metavar="N",
-            help="Run N times, and name the cells whose results differ [1].",
+            help="Run N times, and name cells that differ [1].",
         ),
         click.option(
             "--retries",
@@ -41,7 +41,7 @@ retry_options = option_group(
         click.option(
             "--retry-on",
             metavar="REGEX",
-            help="Run again after these errors too ('HTTP 5..') [2 retries].",
+            help="Run again after these errors too ('HTTP 5..').",
         ),
     ),
 )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
+from safe_exec.cli import batch, run
 from safe_exec.cli.main import call
 from tests.support import make_notebook
 
@@ -39,6 +41,7 @@ ROWS = [
     (["batch"], "expected safe-exec batch PATH..."),
     (["run", "nb.ipynb", "two.ipynb"], "run takes one notebook; for several use safe-exec batch"),
     (["run", "nb.ipynb", "--memory"], "--memory: expected --memory SIZE"),
+    (["run", "nb.ipynb", "--bisect"], "--bisect: expected --bisect auto|always|never"),
     (["run", "nb.ipynb", "-p", "x"], "-p: expected -p NAME VALUE"),
     (["run", "nb.ipynb", "--compare=yes"], "--compare takes no value"),
     (["run", "nb.ipynb", "--set-env", "A"], "expected NAME=VALUE"),
@@ -81,12 +84,31 @@ def test_a_mistake_is_one_line_that_says_how_to_fix_it(
 
 
 @pytest.mark.parametrize("command", ["run", "batch"])
+@pytest.mark.parametrize("columns", [80, 100])
 def test_help_fits_on_two_screens_in_groups(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    columns: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", str(columns))
     call([command, "--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 100 and max(map(len, lines)) <= 100
+    # Two screens of 50 lines.
+    assert len(lines) <= 100 and max(map(len, lines)) <= columns
     for title in ("Limits:", "Isolation:", "Cells:", "Output:"):
         assert title in lines
+
+
+@pytest.mark.parametrize("command", [run.command, batch.command], ids=["run", "batch"])
+def test_every_option_is_in_the_help_with_its_text_on_one_line(
+    command: click.Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert command.name is not None
+    call([command.name, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for option in command.params:
+        if isinstance(option, click.Option):
+            assert option.help and any(line.endswith(f"  {option.help}") for line in lines)
+            assert any(line.lstrip().startswith(option.opts[0]) for line in lines)
