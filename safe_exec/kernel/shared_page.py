@@ -94,9 +94,12 @@ class Page:
             finished=bool(line & layout.FINISHED),
         )
 
-    def request_stacks(self) -> None:
-        """Ask the sampling thread for the stacks of all threads; it answers like the fault handler."""
-        self._memory[layout.REQUEST_AT] = 1
+    def request_stacks(self, wanted: bool) -> None:
+        """Ask the sampling thread for the stacks of all threads, or ask no more.
+
+        It answers like the fault handler.
+        """
+        self._memory[layout.REQUEST_AT] = int(wanted)
 
     def counts(self) -> tuple[int, int]:
         """Return the numbers of characters written to stdout and stderr, sent or not."""
