@@ -1,4 +1,4 @@
-"""Read and write files that other programs may tamper with: no FIFO blocks, no symlink misleads."""
+"""Read and write files safely, even if other programs put FIFOs or symlinks in their place."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def _check_parent(path: Path) -> None:
 
 
 def _create_and_forget(directory: Path) -> None:
-    """Create and remove a file in ``directory``, to be sure. Raises OSError."""
+    """Create and remove a file in ``directory``, to test whether that works. Raises OSError."""
     # access(2) ignores read-only file systems, quotas and the rules of some network file systems.
     try:
         # A file without a name: nobody sees it, and it disappears even if this process is killed.
@@ -343,7 +343,7 @@ class OutputDirectory:
     def write(self, data: bytes | Iterable[bytes], *, keeps_owner: bool = False) -> None:
         """Write the document like ``write_atomically``, into this folder.
 
-        ``keeps_owner``: with the owner and the permissions of the file that it replaces.
+        With ``keeps_owner`` it gets the owner and the permissions of the file that it replaces.
         """
         earlier_file = os.stat(self._path.name, dir_fd=self._fd) if keeps_owner else None
         pieces = (data,) if isinstance(data, bytes) else data

@@ -1,4 +1,4 @@
-"""Refuses platforms on which notebooks cannot be run; imports only modules that every system has.
+"""Refuses platforms on which notebooks cannot run; imports only modules that every system has.
 
 Notebooks need Linux and a Python with its global interpreter lock.
 """

@@ -163,7 +163,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def _long(seconds: int) -> str:
-    """Format a minute or more in its two largest units, without a second one of zero."""
+    """Format a minute or more in its two largest units; a second unit of zero is left out."""
     if seconds < 3600:
         (first, second), units = divmod(seconds, 60), "ms"
     elif seconds < 86400 - 30:

@@ -103,7 +103,10 @@ class Inside:
         return rows
 
     def row(self, code, line):
-        """Return a line of code as a row; the line of a cell's code is the line in the cell."""
+        """Return a row (function, line, file, cell number).
+
+        Lines of a cell count within the cell.
+        """
         source = self.codes.get(id(code)) or self.files.get(code.co_filename)
         line_in_cell = line_of(source.line_map, line) if source is not None and line else 0
         if line_in_cell:

@@ -56,7 +56,7 @@ def attributes_of(inside, error):
 def _row(inside, error, remote):
     """Return one exception's attributes.
 
-    ``remote``: it was being handled when the next one was raised, and need not be its cause.
+    ``remote`` is true for an exception that was only being handled when the next one was raised.
     """
     kind = type(error)
     row = {"type": kind.__name__, "remote": remote}

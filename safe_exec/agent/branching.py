@@ -1,4 +1,4 @@
-"""Tells whether the state of a process survives a fork, from what the system knows of it.
+"""Tells whether the state of a process survives a fork, as far as /proc shows it.
 
 Only the forking thread lives on in a child. Open files share their offset with it, timers are lost,
 and libraries with threads or devices of their own fail or hang.
@@ -30,7 +30,7 @@ class OwnState:
 
 
 def inherited_state(channel):
-    """Return the state of the process now: its forks add nothing to the state of their parent."""
+    """Return the present descriptors and shared mappings; others that a fork has later are new."""
     return OwnState(descriptors() - {channel}, shared_mappings())
 
 
@@ -54,7 +54,7 @@ def shared_mappings():
 
 
 def threads():
-    """Return the number of threads of the process that a fork would miss, Python's or not."""
+    """Count the threads that a fork would lose, native ones included."""
     count = 0
     for task in os.listdir("/proc/self/task"):
         try:
@@ -69,7 +69,7 @@ def threads():
 def why_not_branchable(own, loop, channel):
     """Return why the process should not be forked, in a few words; empty if it may be.
 
-    Threads are to be counted after a fork: some libraries end theirs when one is made.
+    Threads are not checked here. Count them after a fork: some libraries end theirs before one.
     """
     checks = (
         lambda: next((name for name in UNFORKABLE if name in sys.modules), ""),
@@ -96,7 +96,7 @@ def library():
 
 
 def has_children():
-    """Tell whether the process has a child, or one whose end nobody has taken note of."""
+    """Tell whether the process has a child that runs or was not reaped."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
@@ -131,7 +131,7 @@ def open_files(own, loop, channel):
 def files_in(folders, unwatched):
     """Return the size and time of every file in some folders; ``None`` if there are too many.
 
-    What is mounted in them belongs to others, who may change it at any time.
+    Mounted file systems in them are left out: other programs may change those at any time.
     """
     files = {}
     mounted = mount_points()

@@ -86,7 +86,7 @@ def patch_shell(inside):
 
 
 def when_done(coroutine, call):
-    """Return a reference to a coroutine that calls ``call`` when the coroutine is done.
+    """Return a weak reference to a coroutine; ``call`` runs when the coroutine is done.
 
     The caller that awaits a coroutine releases it as soon as it has returned or raised.
     """

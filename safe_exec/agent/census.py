@@ -56,7 +56,7 @@ THOROUGH_SECONDS = 0.5
 
 
 class Census:
-    """The memory of one kernel: when to look, and who holds it."""
+    """Takes the censuses of one kernel, and decides when one is due."""
 
     def __init__(self, inside):
         self.inside = inside
@@ -184,7 +184,7 @@ class Census:
                 self.settled_bytes = current
 
     def begin_statement(self, line):
-        """Charge the memory that the statement before allocated."""
+        """Charge the previous statement for the memory that it allocated."""
         growth, moment = self.growth, self.clock()
         # What allocates much takes its time; a cell may have thousands of short statements.
         current = None
@@ -237,7 +237,10 @@ class Census:
             return
 
     def take(self, current, settled=False):
-        """Take a census and report it; false if the budget or the room does not allow one."""
+        """Take a census and report it.
+
+        False if the time budget or the free memory does not allow one.
+        """
         seconds = THOROUGH_SECONDS if self.is_thorough else min(LONGEST_SECONDS, self.credit)
         room = self.limit is None or current + ROOM_BYTES <= self.limit
         if self.active or seconds < LEAST_SECONDS or not room:
@@ -289,7 +292,7 @@ class Census:
         )
 
     def measure(self, walk, roots, rows):
-        """Measure holders into rows; false if the time was over first."""
+        """Append a row for each holder; false if the time ran out first."""
         try:
             for name, thing in roots:
                 try:
@@ -305,7 +308,7 @@ class Census:
         return True
 
     def holder(self, size, name, thing, object_bytes):
-        """Return a row of the report."""
+        """Return the report's row for one holder."""
         kind, summary = describe(thing, object_bytes)
         return [name[:LONGEST_NAME], kind, size, summary, self.binding(name)]
 
@@ -318,7 +321,7 @@ class Census:
         return cell or 0
 
     def skipped(self):
-        """Return the ids of objects that belong to nobody."""
+        """Return the ids of objects that belong to the kernel: namespace, modules, shell, agent."""
         shell = self.inside.shell
         return [id(thing) for thing in (self.namespace, sys.modules, shell, self)] + [
             id(thing) for thing in (self.inside, self.inside.page)

@@ -51,7 +51,7 @@ def tell_shown(inside, error):
 
 
 def rows_of(inside, error):
-    """Return where an error was raised, innermost first, with the callers of its handler."""
+    """Return an error's stack, innermost first: its traceback, then the callers of the handler."""
     entry = getattr(error, "__traceback__", None)
     if entry is None:
         return []

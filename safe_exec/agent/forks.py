@@ -33,7 +33,7 @@ GIVEN_UP = 70
 
 
 def patch_forks(inside):
-    """Make the first request of the kernel the one that serves forks, if the runner wants them."""
+    """Let the kernel's first request serve forks, if the runner asked for it."""
     if not inside.config.get("forks"):
         return
     from ipykernel.ipkernel import IPythonKernel
@@ -76,7 +76,7 @@ def serve_forks(inside, kernel, execute):
 
 
 def fork_quietly():
-    """Fork, without Python's warning about threads, and with the same random numbers to come."""
+    """Fork without Python's warning about threads, and without reseeding ``random``."""
     # `random` seeds itself anew in each child (random.py, since Python 3.7).
     state = random.getstate()
     with warnings.catch_warnings():
@@ -89,7 +89,7 @@ def fork_quietly():
 
 
 def leave_loop(loop, task):
-    """Forget, in a child, the event loop in whose task the fork was made."""
+    """Detach a forked child from the event loop that was running when it was forked."""
     # Python 3.14 refuses to run a task while another one of the thread is recorded as running.
     asyncio._set_running_loop(loop)
     try:
@@ -104,7 +104,7 @@ def tell(channel, **fields):
 
 
 class Server:
-    """The state of the root, and with every fork of its forks: sources, kernel, what is its own."""
+    """The state of the root, which every fork inherits: sources, kernel, own descriptors."""
 
     def __init__(self, inside, kernel, execute, channel):
         self.inside, self.kernel, self.execute = inside, kernel, execute
@@ -173,7 +173,10 @@ class Server:
         return True
 
     def run(self, channel, cells, keep):
-        """Run cells in this process, and end it. ``keep``: the positions to leave snapshots at."""
+        """Run cells, then exit.
+
+        ``keep`` are the positions before which a snapshot is left behind.
+        """
         os.setsid()
         self.loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self.loop)
@@ -224,7 +227,7 @@ class Server:
         return True
 
     def sleep(self, ours, theirs, channel):
-        """Become a snapshot, as a process that is not a child of the one that runs cells."""
+        """Become a snapshot; a second fork makes it no child of the process that runs cells."""
         code = GIVEN_UP
         try:
             if fork_quietly():

@@ -13,7 +13,7 @@ MOST_LINES = 10
 
 
 class Growth:
-    """The pieces by which the memory grew, each with the frames of cells that ran, in order."""
+    """The increments of the memory in order, each with the frames of cells that ran meanwhile."""
 
     def __init__(self):
         self.last_bytes = None
@@ -21,11 +21,11 @@ class Growth:
         self.frames = ()
 
     def begin(self, current):
-        """Set the memory from which growth counts."""
+        """Set the memory that growth is measured against."""
         self.last_bytes = current
 
     def at_statement(self, current, row):
-        """Charge the allocations of the previous statement to it, and set the one that begins."""
+        """Charge the previous statement for its allocations, and record which one is next."""
         self.charge(current)
         self.frames = (row,)
 
@@ -54,7 +54,7 @@ class Growth:
                 self.merge()
 
     def release(self, size):
-        """Take memory from the pieces that came last."""
+        """Subtract freed memory from the latest increments."""
         while size and self.pieces:
             piece = self.pieces[-1]
             part = min(size, piece[1])
@@ -64,14 +64,14 @@ class Growth:
                 self.pieces.pop()
 
     def by_frames(self):
-        """Return the bytes by frames."""
+        """Add up the bytes for each stack of frames."""
         sums = {}
         for frames, size in self.pieces:
             sums[frames] = sums.get(frames, 0) + size
         return sums
 
     def merge(self):
-        """Join the pieces of the same frames; the largest stay if there are too many."""
+        """Merge the increments of the same frames; keep the largest if there are too many."""
         sums = sorted(self.by_frames().items(), key=lambda item: -item[1])
         self.pieces = [list(item) for item in sums[: MOST_PIECES // 2]][::-1]
 

@@ -62,7 +62,7 @@ def variables(walk, namespace, first=()):
 
 
 def own_values(walk, namespace, names, classes):
-    """Yield the variables of some names; classes are put aside."""
+    """Yield the variables of these names; classes are appended to ``classes`` instead."""
     own = []
     for name in names:
         if type(name) is not str or is_of_shell(name) or name not in namespace:
@@ -165,7 +165,7 @@ def is_installed(module):
 def local_variables(main, namespace):
     """Yield the local variables of the notebook's functions that run, the main thread's first.
 
-    Before Python 3.13 a frame keeps a copy of its variables once they were asked for.
+    Before Python 3.13 a frame keeps a copy of its local variables once they were read.
     """
     frames = sys._current_frames()
     for thread in sorted(frames, key=lambda thread: thread != main):
@@ -188,7 +188,7 @@ class Unreached(list):
 def unreached(walk):
     """Yield the objects of the notebook's classes that no other holder leads to, by class.
 
-    They hold each other, and the garbage collector has not come yet or is off.
+    They refer to each other, and the garbage collector has not run since or is disabled.
     """
     # The system knows no smaller bound for the number of objects.
     if sys.getallocatedblocks() > MOST_BLOCKS:

@@ -36,7 +36,7 @@ def is_of_coverage(function):
 
 
 class NoCoverage:
-    """Stands for a coverage that was not requested."""
+    """Stands in for ``LineCoverage`` if coverage was not requested."""
 
     def start(self):
         """Do nothing."""
@@ -53,7 +53,7 @@ class NoCoverage:
 
 
 class RowData:
-    """Takes what coverage collects, in place of its database, which takes ten times longer.
+    """Receives the lines that coverage collects. Its own database takes ten times longer.
 
     It has the methods of ``coverage.CoverageData`` that are called while a measurement runs.
     """
@@ -103,7 +103,7 @@ class LineCoverage:
         self.cell_started = time.monotonic()
 
     def make(self, settings):
-        """Return the object that measures; its warnings and side effects come to us."""
+        """Return coverage's measurement, without its warnings and other side effects."""
         base = self.coverage.Coverage
         agent = os.path.dirname(os.path.abspath(__file__))
 
@@ -139,7 +139,7 @@ class LineCoverage:
         return result
 
     def best_core(self, concurrency):
-        """Return ``sysmon`` if it can measure what is asked: it leaves trace functions alone."""
+        """Return ``sysmon``, which leaves trace functions alone, if it supports these settings."""
         least = MONITORS_BRANCHES if self.branch else MONITORS_LINES
         has_only_threads = not set(concurrency) - {"thread", "multiprocessing"}
         return "sysmon" if sys.version_info >= least and has_only_threads else None
@@ -183,7 +183,7 @@ class LineCoverage:
     # --- rows -------------------------------------------------------------------------------------
 
     def save(self):
-        """Have the record so far written, and wait for it."""
+        """Ask the writing thread to write the record so far, and wait until it has."""
         if self.inside.child:
             return
         with self.changed:
@@ -220,12 +220,12 @@ class LineCoverage:
             self.call(self.look_for_unrun)
 
     def collect(self):
-        """Take what was recorded. Raises RuntimeError if coverage gives it to somebody else."""
+        """Collect the recorded lines. Raises RuntimeError if coverage stores them elsewhere."""
         if self.measurement.get_data() is not self.data:
             raise RuntimeError("coverage {} works differently".format(self.version))
 
     def call(self, function):
-        """Call a function of coverage, and tell whether it worked; an error is put on record."""
+        """Call a function of coverage; on an error record it and return false."""
         try:
             function()
         except Exception as error:

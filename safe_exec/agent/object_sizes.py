@@ -82,7 +82,7 @@ def type_name(kind):
 
 
 def module_name(kind):
-    """Return the module of a type, empty if it is no text."""
+    """Return the module name of a type, empty if it is not a string."""
     module = MODULE(kind)
     return module if type(module) is str else ""
 
@@ -157,7 +157,7 @@ class Residency:
 
 
 class Part:
-    """How many objects an object stands for, and how many may stand for its own elements."""
+    """The weight of a sampled object, and the number of its own elements that may be sampled."""
 
     __slots__ = ("allowance", "weight")
 
@@ -224,7 +224,7 @@ class Walk:
         return int(self.partial)
 
     def allowance(self):
-        """Return how many objects may stand for all that one holder has."""
+        """Return how many objects of one holder may be sampled in the remaining time."""
         remaining = self.deadline - self.clock()
         return int(min(MOST_SAMPLES, max(LEAST_SAMPLES, remaining * SAMPLES_PER_SECOND)))
 

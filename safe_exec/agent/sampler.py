@@ -21,7 +21,7 @@ AT_START = 0
 
 
 def sample_forever(inside):
-    """Sample the main thread about fifty times a second, with the wait for the interpreter lock."""
+    """Sample the main thread and the wait for the interpreter lock about fifty times a second."""
     page, clock, slot, last_place = inside.page, time.monotonic, 0, None
     started, cell = 0.0, 0
     # They are for the main thread.

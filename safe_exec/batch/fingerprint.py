@@ -67,7 +67,7 @@ def key_of_pass(prepared: PreparedJob, kernels: Kernels, inputs: Mapping[str, st
 
 
 def pass_key(run: str, cwd: Path, environment: str, inputs: Mapping[str, str | None]) -> str:
-    """Return the key of a pass from the key of its run, and the environment of its kernel."""
+    """Return the key of a pass: the key of its run, combined with environment and inputs."""
     # The inputs are hashed before the run, because a notebook may overwrite its own inputs.
     return key_of(
         {

@@ -45,8 +45,8 @@ class JournalRecord(
 
     ``time`` is the end, in seconds since 1970. ``key`` is the fingerprint of the run
     (``fingerprint.key_of_run``); ``headline`` is its verdict in one line. Documents are paths
-    relative to the output directory. ``machine`` is the worker's host name, and ``losses`` are those
-    of workers that were lost while they ran the notebook; both only for a cluster.
+    relative to the output directory. ``machine`` is the worker's host name, and ``losses`` has the
+    host name of each worker that was lost while running the notebook; both only for a cluster.
     """
 
     time: float = 0.0

@@ -1,4 +1,4 @@
-"""The notebooks of a batch on their way from the list to their results.
+"""The queue of a batch: takes notebooks from the list, and records their results.
 
 A scheduler decides when and where they run: on this machine (``scheduler``) or on the workers of a
 cluster (``cluster.scheduler``). The order, the survey before a run, and the records are the same.
@@ -120,7 +120,7 @@ class NotebookQueue(Generic[QueuedT]):
     def enqueue(
         self, task: NotebookTask, prepared: PreparedJob, inputs: Mapping[str, str | None]
     ) -> QueuedT | JournalRecord:
-        """Return the notebook as it waits, or the record of one that cannot run.
+        """Return the queue's entry for a notebook, or the record of a notebook that cannot run.
 
         ``inputs`` are the hashes of the files that the notebook declares. Called on any thread.
         """
@@ -194,7 +194,7 @@ class NotebookQueue(Generic[QueuedT]):
         return self.context.kernels.environment(name)
 
     def finish(self, notebook: SelectedNotebook, record: JournalRecord) -> None:
-        """Take the record of a notebook that finished or cannot run."""
+        """Store and show the record of a notebook that finished or cannot run."""
         self.failed = self.failed or record.exit_code != 0
         self._show(_result_of(record, notebook, self.tree.path), record.headline)
 

@@ -69,7 +69,7 @@ class Scheduler(NotebookQueue[QueuedNotebook]):
         prepared: PreparedJob,
         inputs: Mapping[str, str | None],  # noqa: ARG002 - hashed again just before the run
     ) -> QueuedNotebook:
-        """Return the notebook as it waits."""
+        """Return the queue's entry for a notebook."""
         limits = prepared.limits.values
         # With a copied folder the sandbox copies the files when it is built. Built early, it would
         # miss what other notebooks write until its turn.

@@ -257,7 +257,7 @@ def _remove_documents(job: Job) -> None:
 
 
 def reserve_for_others(job: Job, limits: Limits, jobs: int) -> Job:
-    """Reserve the user's process limit for the other notebooks of the batch."""
+    """Leave room for the processes of the batch's other notebooks in RLIMIT_NPROC."""
     # RLIMIT_NPROC counts all tasks of a user (setrlimit(2)), so the tasks of other notebooks would
     # use up the limit of this one.
     machine = job.machine

@@ -45,7 +45,7 @@ class Commands(click.Group):
     """Imports a sub-command when it is called, so that ``doctor`` does not import ``run``."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """Return all sub-commands, in the order in which users meet them."""
+        """Return all sub-commands, in the order of ``--help``."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002

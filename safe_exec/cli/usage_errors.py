@@ -1,4 +1,4 @@
-"""One line for each usage error of the command line, that says how to fix it."""
+"""Describe each usage error of the command line in one line that says how to fix it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOTEBOOK_ENDS = (".ipynb", ".py", ".md", ".Rmd", ".qmd", ".R", ".jl")
 def usage_line(
     error: click.ClickException, commands: Collection[str], ctx: click.Context | None
 ) -> str:
-    """Return the line.
+    """Return the line for an error.
 
     ``commands`` are the names of all sub-commands, ``ctx`` is that of the one that was called.
     """
@@ -49,7 +49,7 @@ def _no_such_option(error: click.exceptions.NoSuchOption) -> str:
 
 
 def _other_command(option: str, command: str) -> str | None:
-    """Return the command for notebooks, other than this one, that has an option."""
+    """Return ``run`` or ``batch`` if that is another command and has this option."""
     for name in ("run", "batch"):
         parameters = import_module(f"safe_exec.cli.{name}").command.params
         if not command.endswith(f" {name}") and any(option in p.opts for p in parameters):

@@ -83,7 +83,7 @@ def memory_use(context: Context, cause: Cause | None) -> MemoryUse | None:
 
 
 def _last(censuses: tuple[Census, ...]) -> Census:
-    """Return the last census that looked at all holders, or a later one that saw more."""
+    """Return the last complete census, or a later one that measured more memory."""
     last = censuses[0]
     for census in censuses:
         if census.finished or census.total >= last.total:
@@ -92,7 +92,7 @@ def _last(censuses: tuple[Census, ...]) -> Census:
 
 
 def _highest(censuses: tuple[Census, ...]) -> Census:
-    """Return the census with the most memory: a run that passed has released it since."""
+    """Return the census with the most memory, for a run that passed and has released it since."""
     return max(censuses, key=lambda census: (census.memory, census.total))
 
 
@@ -108,7 +108,7 @@ def _settled(censuses: tuple[Census, ...]) -> Census | None:
 def _native_bytes(censuses: tuple[Census, ...], most: int) -> int | None:
     """Return the memory outside of Python objects between two cells; ``None`` without a census.
 
-    If the last one had no time for all holders, an earlier one shows a part of it.
+    A census that ran out of time is skipped, since the rest would count as native memory.
     """
     finished = _settled(tuple(census for census in censuses if census.finished))
     return None if finished is None else min(max(0, finished.memory - finished.total), most)
@@ -288,7 +288,7 @@ def in_notebook(use: MemoryUse, code_indexes: Sequence[int]) -> MemoryUse:
 
 
 def better_use(first: MemoryUse | None, observed: MemoryUse | None) -> MemoryUse | None:
-    """Return the better of two reports of one failure: it names the holders of more memory.
+    """Return the report that names the holders of more memory, of two on one failure.
 
     The lines are those of the observed trial, which samples more often or records all allocations.
     """

@@ -212,7 +212,7 @@ def _reasons(ending: Ending) -> tuple[str, ...]:
 
 
 def _not_known(kernel: str, result: TrialResult) -> tuple[str, ...]:
-    """Return a warning about missing details if no agent runs in the kernel."""
+    """Return a warning about the facts that are missing if no agent runs in the kernel."""
     ending = result.ending
     if (
         result.instrumented
@@ -269,7 +269,7 @@ def crash_cell(
 
 
 def _native_error(ending: Ending, evidence: Evidence) -> str | None:
-    """Return why the native stack of a crash is not known, or not as a whole."""
+    """Return why the native stack of a crash is missing or incomplete."""
     if evidence.fault is not None:
         return evidence.fault.native_error
     is_crash = isinstance(ending, Died) and ending.exit is not None and ending.exit.signal in KINDS
@@ -277,7 +277,7 @@ def _native_error(ending: Ending, evidence: Evidence) -> str | None:
 
 
 def _of_native(frame: NativeFrame, node: Any) -> NativeFrame:
-    """Add the text of its line to a Python frame of a native stack, and cut its variables."""
+    """Add the source line to a Python frame of a native stack, and shorten its variables."""
     if frame.python is None:
         return frame
     variables = {name: value[:LONGEST_VALUE] for name, value in frame.locals.items()}
@@ -305,7 +305,7 @@ def without_plumbing(stack: tuple[Frame, ...]) -> tuple[Frame, ...]:
 
 
 def _with_source(frame: Frame, node: Any) -> Frame:
-    """Add the text of its line to a frame of a cell."""
+    """Add the source line to a frame of a cell."""
     if frame.cell is None or frame.line is None or frame.cell >= len(node.cells):
         return frame
     lines = node.cells[frame.cell].source.splitlines()

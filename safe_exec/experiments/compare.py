@@ -24,7 +24,10 @@ Value = str | int | float | None
 
 
 class Difference(Struct, frozen=True, kw_only=True):
-    """One difference between the runs. ``decides``: it makes the failure another one."""
+    """One difference between the runs.
+
+    ``decides`` is true if it makes the failure a different one.
+    """
 
     # The field names are keys of the JSON output of `replay`.
     what: str

@@ -123,16 +123,16 @@ def _walk(root: Path, *, but: frozenset[Path]) -> Iterator[tuple[str, Mark]]:
 
 
 class RepositoryLayer(Struct, frozen=True, kw_only=True):
-    """How trials see the repository.
-
-    Without the entries in ``new``, and with a layer for their writes.
-    """
+    """The repository as trials see it: without the entries in ``new``, under a writable layer."""
 
     root: Path
     new: tuple[str, ...] = ()
 
     def mount(self, directory: Path) -> dict[str, str]:
-        """Return the overlay of one trial, whose layers are in ``directory``. Raises OSError."""
+        """Return the overlay mount of one trial; its layers are in ``directory``.
+
+        Raises OSError.
+        """
         upper, work = directory / "repository-upper", directory / "repository-work"
         upper.mkdir()
         work.mkdir()

@@ -154,10 +154,7 @@ class Rerunner:
 
 
 def why_not_run(result: TrialResult) -> str | None:
-    """Return the reason for a trial that safe-exec itself made fail.
-
-    ``None`` for any other trial.
-    """
+    """Return the reason if safe-exec itself made a trial fail, else ``None``."""
     if not failures.is_ours(result.ending):
         return None
     message = (

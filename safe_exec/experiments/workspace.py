@@ -61,8 +61,8 @@ class Entry(Struct, frozen=True, kw_only=True):
 class Snapshot(Struct, frozen=True, kw_only=True):
     """The state of a folder before the first run.
 
-    ``copy`` is ``None`` for a large folder, ``entries`` (by path within the folder) also for a
-    folder with too many files. ``tmp`` holds the names in /tmp, ``None`` if there are too many.
+    ``copy`` is ``None`` for a large folder; ``entries``, by path within the folder, is ``None`` if
+    there are too many files. ``tmp`` holds the names in /tmp, ``None`` if there are too many.
     ``taken_ns`` is the start of the snapshot on the file system's clock. ``repository`` is the
     repository around the folder, if the notebook may write to it.
     """
@@ -168,7 +168,7 @@ _latest: dict[Path, Snapshot] = {}
 def _hardlink_candidates(
     older_snapshot: Snapshot | None, entries: Mapping[str, Entry]
 ) -> dict[str, Path]:
-    """The files of an earlier copy that are still the same, by path within the folder."""
+    """Return the files of an earlier copy that have not changed, by path within the folder."""
     # File times have the granularity of the system's clock tick. A file that changed just before it
     # was copied may have changed again within the same tick, so such files are copied again.
     if older_snapshot is None or older_snapshot.copy is None or not older_snapshot.entries:
@@ -379,7 +379,7 @@ def workspace_factory(
     Raises WorkspaceUnavailable with the reason.
 
     ``ours`` are files that safe-exec writes itself. With ``insist`` there is always a factory, and
-    its gaps say what could not be restored.
+    its ``gaps`` name the state that could not be restored.
     """
     namespace_kind = mounts.namespaces()
     gaps: tuple[str, ...] = (

@@ -32,11 +32,11 @@ UNKNOWN = "???"
 
 
 def main() -> None:
-    """Print ``{"frames": [...]}`` of the innermost frame, then of all, or ``{"error": text}``.
+    """Print the innermost frame, then all frames, as one line of JSON each.
 
-    Each is one line of JSON; frames are innermost first.
-    The arguments are the process id, the thread id, the address at which the thread was stopped,
-    its stack pointer, and 1 if local variables are wanted.
+    A line is ``{"frames": [...]}``, innermost first, or ``{"error": text}``. The arguments are the
+    process id, the thread id, the address at which the thread was stopped, its stack pointer, and 1
+    if local variables are wanted.
     """
     pid, task, instruction, stack_pointer, with_locals = map(int, sys.argv[-5:])
     # Debug information of any size is read on behalf of the kernel.
@@ -125,14 +125,14 @@ def read_thread(pid: int, task: int, *, with_locals: bool) -> ThreadStacks:
 
 
 def inner_task(pid: int, task: int) -> int:
-    """Return a thread's id as the thread itself knows it, inside a pid namespace."""
+    """Return a thread's id inside its own pid namespace."""
     with open(f"/proc/{pid}/task/{task}/status") as file:
         numbers = next((line.split()[1:] for line in file if line.startswith("NSpid:")), [])
     return int(numbers[-1]) if numbers else task
 
 
 def frames_of(thread: ThreadStacks, instruction: int, libraries: Libraries) -> list[dict[str, Any]]:
-    """Return a thread's frames from the one that faulted outwards."""
+    """Return a thread's frames, the one that faulted first, then its callers."""
     from pystack.types import NativeFrame, frame_type
 
     kinds = {NativeFrame.FrameType.EVAL: EVAL, NativeFrame.FrameType.IGNORE: IGNORED}

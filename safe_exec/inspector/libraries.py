@@ -77,10 +77,11 @@ class Libraries:
         return None
 
     def caller_at(self, address: int) -> str | None:
-        """Return the function that a return address belongs to, if it is not the one that follows.
+        """Return the function that made a call, from its return address.
 
-        A call that never returns may be a function's last instruction. Then the address to return
-        to is that of the next function, by whose name unwinders call the frame.
+        ``None`` if that names it too. A call that never returns may be a function's last
+        instruction. Its return address then lies in the next function, whose name unwinders give to
+        the frame.
         """
         part = self._part(address)
         if part is None or os.stat(self._root + part.path).st_size > SMALL_LIBRARY_BYTES:

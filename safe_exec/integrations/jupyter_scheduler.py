@@ -62,7 +62,7 @@ class ExecutionManager(DefaultExecutionManager):  # type: ignore[misc]
         return options_of(columns, self.model.runtime_environment_parameters)
 
     def _run_once(self, options: JobOptions, *, is_last: bool) -> tuple[Verdict, Any]:
-        """Run the notebook once; the verdict and the annotated notebook."""
+        """Run the notebook once; return the verdict and the annotated notebook."""
         from safe_exec.notebook import notebook
         from safe_exec.workflows.prepare import Bisect, Job, prepare
         from safe_exec.workflows.run import run_job
@@ -88,7 +88,7 @@ class ExecutionManager(DefaultExecutionManager):  # type: ignore[misc]
                 raise JobFailedError(str(error)[:MOST_CHARACTERS]) from None
 
     def _document(self, path: Path) -> bytes:
-        """The notebook with the job's parameters."""
+        """Return the notebook with the job's parameters."""
         parameters = self.model.parameters
         if not parameters:
             return path.read_bytes()
@@ -98,7 +98,7 @@ class ExecutionManager(DefaultExecutionManager):  # type: ignore[misc]
 
     @staticmethod
     def supported_features(cls: Any) -> dict[JobFeature, bool]:  # noqa: PLW0211
-        """The features of the scheduler's own manager, and timeout and retries."""
+        """Return the features of the scheduler's own manager, plus timeout and retries."""
         # The scheduler calls this with the class as its argument, as its own manager needs it.
         ours = (
             JobFeature.timeout_seconds,

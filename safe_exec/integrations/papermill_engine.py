@@ -90,7 +90,7 @@ def _prepared(
     exit_is: str,
     **options: Any,
 ) -> PreparedJob:
-    """Prepare the notebook that papermill has read; its path selects the ``safe-exec.yaml``."""
+    """Prepare the notebook that papermill has read; the ``safe-exec.yaml`` is found by its path."""
     from safe_exec.platforms import refuse_elsewhere
 
     refuse_elsewhere()
@@ -256,7 +256,7 @@ class Relay:
             raise SafeExecError(headline(verdict))
 
     def _place(self, verdict: Verdict) -> int | None:
-        """Return the cell for the error: the crash cell, the first one not run, or the last."""
+        """Return the cell that gets the error: the crash cell, the first not run, or the last."""
         if verdict.crash_cell is not None:
             return verdict.crash_cell.index
         code = [

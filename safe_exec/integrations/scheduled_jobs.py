@@ -61,7 +61,7 @@ def options_of(columns: Mapping[str, Any], parameters: Mapping[str, Any] | None)
 
 
 def message_of(verdict: Verdict, tries: int) -> str:
-    """The status message of a failed job: outcome, cause, culprits, advice."""
+    """Return the status message of a failed job: outcome, cause, culprits, advice."""
     cause = verdict.cause
     lines = [common.headline(verdict)]
     if cause is not None and not common.headline_has_summary(verdict):

@@ -74,8 +74,8 @@ class NotReached(Exception):  # noqa: N818 - an outcome, which the command repor
 class DebugOutcome(Struct, frozen=True, kw_only=True):
     """The result of ``safe-exec debug``.
 
-    ``reached`` tells whether the kernel came to the cell at which it was to stop. ``verdict``
-    describes the failure before that, or else the last failure in the console, if there was one.
+    ``reached`` is true if the kernel stopped at the intended cell. ``verdict`` describes the
+    failure before that, or else the last failure in the console, if there was one.
     """
 
     exit_code: int
@@ -124,7 +124,10 @@ class PreparedKernel(Inner):
 
 @contextlib.contextmanager
 def connection_file(run_id: str, kernel_name: str) -> Iterator[Path]:
-    """Create a connection file in a folder of its own, and remove both after. Raises OSError."""
+    """Create a connection file in a folder of its own, and remove both at the end.
+
+    Raises OSError.
+    """
     # A keeper that outlives us removes folders only, and JupyterLab takes a folder for kernels of
     # others.
     folder = Path(jupyter_runtime_dir()) / f"safe-exec-{run_id}"
@@ -284,7 +287,7 @@ def _print_output(client: Any) -> None:
 
 
 def post_mortem(path: Path) -> None:
-    """Open a debugger at the last exception of the kernel, on this terminal, until the user quits."""
+    """Run a post-mortem debugger for the kernel's last exception on this terminal."""
     from jupyter_client.blocking.client import BlockingKernelClient
 
     client: Any = BlockingKernelClient(connection_file=str(path))

@@ -29,7 +29,7 @@ _BOLD, _PLAIN = "\x1b[1m", "\x1b[0m"
 
 
 def idle_death(cause: str) -> str:
-    """A note on a kernel that died while no cell ran."""
+    """Return the note on a kernel that died while no cell ran."""
     return f"[safe-exec: the kernel before this one died while no cell ran: {cause}]\n"
 
 
@@ -46,7 +46,7 @@ class Diagnosis:
         self._mask = mask
 
     def error(self, source: str, notes: list[str]) -> dict[str, Any]:
-        """Content of the cell's ``error`` message; ``notes`` are appended to the traceback."""
+        """Return the content of the cell's ``error`` message; ``notes`` follow the traceback."""
         output: Mapping[str, Any] = error_output(self._mask(source), self.verdict)
         traceback = [*output["traceback"], *(f"{_BOLD}Note:{_PLAIN} {note}" for note in notes)]
         return {
@@ -56,7 +56,7 @@ class Diagnosis:
         }
 
     def reply(self, error: Mapping[str, Any], execution_count: int | None) -> dict[str, Any]:
-        """Content of the ``execute_reply`` for a cell that failed with ``error``."""
+        """Return the content of the ``execute_reply`` for a cell that failed with ``error``."""
         return {
             "status": "error",
             **error,
@@ -67,7 +67,7 @@ class Diagnosis:
 
 
 def session_note(path: Path | None) -> list[str]:
-    """The command that searches the recorded session for culprits; empty without a recording."""
+    """Return the command that searches the recorded session for culprits, if there is one."""
     return (
         [] if path is None else [f"the session so far is recorded: safe-exec bisect {quoted(path)}"]
     )

@@ -63,7 +63,10 @@ QUIET_SECONDS = 0.01
 
 
 class SessionCells(CellLoop):
-    """Bookkeeping for cells that arrive one by one; quick cells share a reading of the figures."""
+    """Records the cells that arrive one by one.
+
+    Quick cells share one reading of the resource use.
+    """
 
     def __init__(self, state: TrialState) -> None:
         super().__init__(state)
@@ -128,12 +131,15 @@ class Inner(Trial):
         return replace(super().session_request(), key=self._key, arguments=self._arguments)
 
     async def start(self) -> Ending | None:
-        """Start the kernel and connect; an ending if it does not come up. Raises SandboxError."""
+        """Start the kernel and connect; return an ending if it does not start.
+
+        Raises SandboxError.
+        """
         self.state.loop = asyncio.get_running_loop()
         return await self._start()
 
     def attach(self) -> None:
-        """From now on, pass on the kernel's messages."""
+        """Start to pass on the kernel's messages."""
         self._links = self.session.connections()
         # Output that the kernel journaled but never sent goes to `recovered`; the proxy publishes
         # it before the diagnosis.
@@ -145,7 +151,7 @@ class Inner(Trial):
 
     @property
     def client(self) -> TrialClient:
-        """The client that keeps the running cell's accounts."""
+        """The client that accounts for the running cell's output."""
         return self.session.client
 
     @property
@@ -217,7 +223,7 @@ class Inner(Trial):
         return index
 
     def begin(self, index: int, msg_id: str) -> None:
-        """Start the accounts of a cell."""
+        """Start to record the resource use and the output of a cell."""
         client, cell = self.client, self.state.request.node.cells[index]
         self.state.current = index
         client.running = (msg_id, cell, index)
@@ -234,7 +240,7 @@ class Inner(Trial):
         await sampler.run()
 
     def end(self, index: int, *, failed: bool, counts: bool) -> None:
-        """Close a cell's accounts; discount the cell unless it ``counts``."""
+        """Record the end of a cell; take it out of the numbering unless it ``counts``."""
         self._stop_sampling()
         self._cells._end(index, CellStatus.FAILED if failed else CellStatus.PASSED)  # noqa: SLF001
         self.state.current = None
@@ -263,7 +269,10 @@ class Inner(Trial):
     # --- accounts of output -----------------------------------------------------------------------
 
     def admit(self, message: Message) -> list[bytes] | None:
-        """Count an iopub message of the running cell; its frames, or ``None`` beyond the cap."""
+        """Count an iopub message of the running cell.
+
+        Return its frames, or ``None`` beyond the cap.
+        """
         accounts, kind = self.client.accounts, message.kind
         if kind not in OUTPUTS:
             return message.frames
@@ -289,7 +298,10 @@ class Inner(Trial):
         return None
 
     def cut_mark(self) -> str | None:
-        """Text that replaces the cut output; ``None`` after the first call for a cell."""
+        """Return the text that replaces the cut output.
+
+        ``None`` after the first call for a cell.
+        """
         if self._cut:
             return None
         self._cut = self.client.accounts.marked = True
@@ -333,7 +345,10 @@ class Inner(Trial):
         )
 
     def note_reply(self, index: int, message: Message) -> dict[str, Any] | None:
-        """Keep the reply to a cell as evidence and return its content; ``None`` if it is too large."""
+        """Keep the reply to a cell as evidence and return its content.
+
+        ``None`` if it is too large.
+        """
         if len(message.content_frame) > LARGEST_REPLY_READ:
             return None
         content = message.content()
@@ -377,7 +392,7 @@ class Inner(Trial):
     # --- death ------------------------------------------------------------------------------------
 
     async def drained(self) -> None:
-        """Read a dead kernel's sockets until they are empty."""
+        """Read a dead kernel's sockets until they end or fall silent."""
         # A child that the kernel left behind can hold the sockets open, so their end may never
         # come: a short silence is enough.
         deadline = time.monotonic() + CLOSED_SECONDS
@@ -420,7 +435,7 @@ class Inner(Trial):
 
 
 def start_error(ending: Ending) -> SafeExecError:
-    """The error for a kernel that did not come up, in one line."""
+    """Return the error for a kernel that did not start, in one line."""
     if isinstance(ending, StartFailed):
         return KernelStartError(ending.reason)
     return SandboxError(ending.message if isinstance(ending, InternalError) else repr(ending))

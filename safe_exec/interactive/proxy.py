@@ -119,7 +119,7 @@ class Proxy:
     # --- the whole --------------------------------------------------------------------------------
 
     async def run(self) -> int:
-        """Serve until the kernel ends for good or a signal stops us; the exit code.
+        """Serve until the kernel ends for good or a signal stops us; return the exit code.
 
         Raises UsageError if a public address is taken.
         """
@@ -267,7 +267,7 @@ class Proxy:
         self._cells.append(message.id)
 
     def _begin_next(self) -> None:
-        """Start the accounts of the first queued cell unless one is running."""
+        """Start to record the first queued cell, unless one is running."""
         if self._cells and self.inner.state.current is None:
             msg_id = self._cells[0]
             waiting = self._waiting[msg_id]
@@ -364,7 +364,7 @@ class Proxy:
             self.front.announce("stream", {"name": "stderr", "text": mark}, waiting.header)
 
     def _advance_to(self, msg_id: str) -> None:
-        """End the accounts of the current cell if the kernel has gone on to the next one."""
+        """Record the end of the current cell if the kernel has begun the next one."""
         # Replies and output come over two sockets. The output of a queued cell can arrive before the
         # reply to the cell ahead of it, whose ``idle`` then has arrived: one socket keeps its order.
         if len(self._cells) < 2 or self._cells[1] != msg_id:  # noqa: PLR2004 - a current and a next one
@@ -581,7 +581,7 @@ def _idle_death(verdict: Verdict) -> str:
 
 
 def _lost_reply(waiting: Waiting) -> dict[str, Any]:
-    """The reply to a cell that ended, as far as its output tells."""
+    """Return the missing reply to a cell that ended; its output tells whether it failed."""
     content: dict[str, Any] = {"execution_count": waiting.execution_count}
     if waiting.has_failed:
         return content | {"status": "error", "ename": "", "evalue": "", "traceback": []}
@@ -589,7 +589,7 @@ def _lost_reply(waiting: Waiting) -> dict[str, Any]:
 
 
 def _cell_id(message: Message) -> str | None:
-    """The cell's id in the client's document; JupyterLab and VS Code send it as metadata."""
+    """Return the cell's id in the client's document; JupyterLab and VS Code send it as metadata."""
     try:
         metadata = json.loads(message.frames[message.start + 3])
     except (ValueError, RecursionError):

@@ -39,7 +39,7 @@ _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
 
 
 def sessions_directory() -> Path:
-    """``$XDG_STATE_HOME/safe-exec/sessions``, else below ``~/.local/state``."""
+    """Return ``$XDG_STATE_HOME/safe-exec/sessions``, with ``~/.local/state`` as the default."""
     state = os.environ.get("XDG_STATE_HOME", "")
     base = Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state"
     return base / "safe-exec" / "sessions"
@@ -96,10 +96,10 @@ class Recording:
     def write_notebook(
         self, verdict: Verdict, node: Any, *, survived: bool, is_shown: bool = True
     ) -> Path | None:
-        """Write the session's notebook and verdict; the notebook's path, ``None`` on an error.
+        """Write the session's notebook and verdict.
 
-        ``survived``: an interrupt ended the cell, and the kernel lives on. ``is_shown``: a cell
-        shows the diagnosis.
+        Return the notebook's path, ``None`` on an error. ``survived``: an interrupt ended the cell,
+        and the kernel lives on. ``is_shown``: a cell shows the diagnosis.
         """
         cause = verdict.cause.summary if verdict.cause else None
         line = {"ended": cause, "survived": survived, "shown": is_shown, "at": _now()}
@@ -132,7 +132,7 @@ class Recording:
 
 
 def notebook_of(node: Any) -> bytes:
-    """A notebook of the session's cells, without outputs."""
+    """Return a notebook of the session's cells, without outputs."""
     cells = []
     for number, cell in enumerate(node.cells):
         cell_document: dict[str, Any] = {
@@ -183,7 +183,7 @@ class SessionFacts(Struct, frozen=True, kw_only=True):
 
 
 def sessions() -> Iterator[SessionFacts]:
-    """All recordings, newest first."""
+    """Yield all recordings, newest first."""
     with contextlib.suppress(FileNotFoundError):
         for path in sorted(sessions_directory().glob("*.jsonl"), reverse=True):
             if _ID.fullmatch(path.stem):
@@ -215,10 +215,7 @@ def facts_of(path: Path) -> SessionFacts:
 
 
 def unseen_death(connection: str) -> str | None:
-    """Return why the last kernel with this connection file died, if no cell has shown it yet.
-
-    The text is the summary of the cause. ``None`` if it did not die, or if a cell has shown it.
-    """
+    """Return why the last kernel of a connection file died, if no cell has shown it yet."""
     # A client restarts a kernel with the same connection file.
     for facts in sessions():
         lines = list(_lines(facts.path))
@@ -229,7 +226,7 @@ def unseen_death(connection: str) -> str | None:
 
 
 def find(name: str) -> SessionFacts:
-    """The recording whose id begins with ``name``. Raises UsageError."""
+    """Return the recording whose id begins with ``name``. Raises UsageError."""
     matches = [facts for facts in sessions() if facts.id.startswith(name)]
     if len(matches) != 1:
         raise UsageError(
@@ -240,12 +237,12 @@ def find(name: str) -> SessionFacts:
 
 
 def of_process(process: int) -> SessionFacts | None:
-    """The newest recording of a process, if it records."""
+    """Return the newest recording that a process has made, if any."""
     return next((facts for facts in sessions() if facts.process == process), None)
 
 
 def sources(path: Path) -> list[str]:
-    """The cells that the last kernel of a recording executed, in order."""
+    """Return the cells that the last kernel of a recording executed, in order."""
     cells: list[str] = []
     for line in _lines(path):
         if "restarted" in line:

@@ -57,7 +57,7 @@ class Peer:
         self.topics: set[bytes] = set()
 
     def trust(self) -> None:
-        """Accept large messages from a client that has proved to know the key."""
+        """Accept large messages from now on: the client has proved that it knows the key."""
         self.connection.reader.largest = REQUEST_BYTES
 
     def send(self, data: bytes) -> bool:
@@ -83,7 +83,7 @@ class Listener:
 
     @property
     def port(self) -> int:
-        """The number of a TCP port."""
+        """The number of the TCP port."""
         return int(self._socket.getsockname()[1])
 
     def _accept(self) -> None:
@@ -128,7 +128,10 @@ class Listener:
         peer.connection.start(remainder)
 
     async def _handshake(self, sock: socket.socket) -> tuple[bytes, bytes]:
-        """The bytes that followed the handshake, and the client's identity. Raises OSError."""
+        """Return the bytes that followed the handshake, and the client's identity.
+
+        Raises OSError.
+        """
         await self._loop.sock_sendall(sock, GREETING + ready_command(self._kind))
         data = bytearray()
         while (end := end_of_handshake(data)) is None:

@@ -58,7 +58,7 @@ class KernelOptions(Struct, frozen=True, kw_only=True):
 
 
 def serve(options: KernelOptions) -> int:
-    """Serve the clients of a connection file until the kernel ends; the exit code.
+    """Serve the clients of a connection file until the kernel ends; return the exit code.
 
     Raises SafeExecError.
     """
@@ -145,7 +145,7 @@ def _anew(prepared: PreparedJob) -> PreparedJob:
 
 
 def _notes_of_former_kernel(options: KernelOptions) -> list[str]:
-    """Notes on a kernel of the same client that died while no cell could show it."""
+    """Return notes on an earlier kernel of the same client that died while no cell ran."""
     try:
         cause = unseen_death(str(options.connection_file.absolute())) if options.records else None
     except OSError as error:

@@ -116,7 +116,10 @@ class Signer:
     """Signs and verifies with the key of a connection file; an empty key turns both off."""
 
     def __init__(self, key: bytes, scheme: str = "hmac-sha256") -> None:
-        """Raises ValueError for a scheme other than ``hmac-`` and a hash that hashlib has."""
+        """Prepare to sign.
+
+        Raises ValueError for a scheme that is not ``hmac-`` with a hash of hashlib.
+        """
         method, _, digest = scheme.partition("-")
         if method != "hmac" or digest not in hashlib.algorithms_available:
             raise ValueError(f"signature scheme {scheme!r} is not supported; use hmac-sha256")
@@ -124,7 +127,7 @@ class Signer:
         self._signatures: OrderedDict[bytes, None] = OrderedDict()
 
     def signature(self, parts: Sequence[bytes]) -> bytes:
-        """The signature of header, parent header, metadata and content."""
+        """Return the signature of header, parent header, metadata and content."""
         if self._base is None:
             return b""
         mac = self._base.copy()

@@ -1,7 +1,7 @@
-"""The keeper's side of a kernel inside bubblewrap: start it, meet init and kernel, read the ending.
+"""The keeper's side of bubblewrap: start it, wait for init and kernel, read the kernel's ending.
 
-Linux puts the sender's credentials on each message of the status socket, with process ids as they
-are out here, whatever namespace the sender is in (unix(7), SCM_CREDENTIALS). So the keeper learns
+Linux puts the sender's credentials on each message of the status socket, with process ids of our
+own namespace, whatever namespace the sender is in (unix(7), SCM_CREDENTIALS). So the keeper learns
 which process is the kernel, and only the init can report how the kernel ended. Standard library
 only.
 """
@@ -44,7 +44,7 @@ BOOT = (
 
 
 class ChildEnds(NamedTuple):
-    """Descriptors of the keeper's child: stderr, the pipe for its failure, and the kernel's."""
+    """Descriptors for the keeper's child: stderr, the pipe for its error, and the kernel's."""
 
     stderr: int
     error: int
@@ -64,8 +64,8 @@ class Bubblewrap:
     """One bubblewrap with its init and its kernel, by their process ids outside of the sandbox.
 
     ``sockets`` is a descriptor of the directory of the kernel's sockets, ``discarded`` those of the
-    places whose files disappear with the sandbox. ``is_closed``: nobody can send a message any
-    more.
+    places whose files disappear with the sandbox. ``is_closed`` is true once nobody can send a
+    message any more.
     """
 
     def __init__(self, setup: BwrapSetup) -> None:
@@ -182,7 +182,7 @@ class Bubblewrap:
                 os.close(fd)
 
     def kernel_ending(self) -> KernelEnding | None:
-        """Return how the kernel ended, once the init has reported it; other senders are ignored."""
+        """Return the kernel's ending once the init has reported it; other senders are ignored."""
         while not self.is_closed:
             try:
                 message, pid = self.receive()
@@ -234,9 +234,9 @@ def _write_config(fd: int, command: KernelCommand, setup: BwrapSetup) -> None:
 def make_disk(disk: LimitedDisk) -> file_tree.ConcurrentChanges:
     """Make the file system that a run writes to, in a mount namespace of our own.
 
-    It holds the folder as it is, a /tmp, a home and a directory for sockets. Returns what later
-    tells which files others changed in the folder. Raises OSError if the folder is too large to
-    copy.
+    It holds the folder's present content, a /tmp, a home and a directory for sockets. The result
+    later tells which files others changed in the folder. Raises OSError if the folder is too large
+    to copy.
     """
     owner, base, folder = disk.owner, Path(disk.base), Path(disk.folder)
     changes = file_tree.ConcurrentChanges(since=file_tree.now())
@@ -282,7 +282,10 @@ def _mount_overlay(folder: Path, base: Path, disk: LimitedDisk) -> bool:
 
 
 def changed_files(base: str) -> str:
-    """Return the directory of the files that a run changed; in a copy it holds all others too."""
+    """Return the directory with the files that a run changed.
+
+    For a copy, with all other files too.
+    """
     upper = os.path.join(base, "upper")
     return upper if os.path.isdir(upper) else os.path.join(base, "folder")
 

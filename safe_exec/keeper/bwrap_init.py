@@ -99,7 +99,7 @@ def _run_child(
 
 
 def _reap(pid: int, status: socket.socket) -> None:
-    """Reap processes until the kernel has ended, then report it; the rest in here dies with us."""
+    """Reap processes until the kernel has ended, then report it; all others inside die with us."""
     while True:
         try:
             # Look first and reap afterwards: only a zombie still shows which signals it caught.
@@ -117,7 +117,7 @@ def _reap(pid: int, status: socket.socket) -> None:
 
 
 def _caught_signals(pid: int) -> bytes:
-    """The mask of signals with a handler as a JSON number (SigCgt in /proc/PID/status)."""
+    """Return the mask of signals with a handler as a JSON number (SigCgt in /proc/PID/status)."""
     try:
         with open(f"/proc/{pid}/status", "rb") as file:
             line = next(line for line in file if line.startswith(b"SigCgt:"))

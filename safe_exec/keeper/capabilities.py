@@ -1,4 +1,4 @@
-"""Giving up all capabilities for good. Linux only; standard library only.
+"""Gives up all capabilities irrevocably. Linux only; standard library only.
 
 A change of the user id from root clears the permitted, effective and ambient sets, but neither the
 inheritable nor the bounding set (capabilities(7)): with those, a program file that carries
@@ -32,12 +32,12 @@ class _Sets(ctypes.Structure):
 
 
 def give_up(*, for_uid: int | None) -> None:
-    """Empty every capability set of the calling thread; ``for_uid`` is the user to become.
+    """Empty every capability set of the calling thread.
 
-    Raises OSError that names the step that failed. The bounding set can only be emptied with
-    CAP_SETPCAP; in
-    a container without it the set stays, and no_new_privs, which comes with the filter of system
-    calls, keeps an execution from giving any of it back.
+    ``for_uid`` is the user that it will become. Raises OSError that names the step that failed. The
+    bounding set can only be emptied with CAP_SETPCAP; in a container without it the set stays, and
+    no_new_privs, which comes with the filter of system calls, keeps an execution from giving any of
+    it back.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     _check(

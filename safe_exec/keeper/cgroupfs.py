@@ -36,7 +36,8 @@ def read(path: str) -> str | None:
 def delegate_controllers(group: str, leaf: str, controllers: Iterable[str]) -> None:
     """Move a cgroup's own processes to ``leaf``, then delegate controllers to its children.
 
-    The leaf stays, since we are in it; systemd removes it with its scope. Raises OSError.
+    The leaf is not removed, since this process is in it; systemd removes it with its scope. Raises
+    OSError.
     """
     # A cgroup that contains processes cannot delegate controllers (cgroups(7), "no internal
     # processes" rule). Other keepers of the same runner may be doing the same at this moment.

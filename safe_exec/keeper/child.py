@@ -94,7 +94,7 @@ class KernelCommand:
         self.rlimits, self.open_files_soft, self.walls = rlimits, open_files_soft, walls
 
     def with_argv(self, argv: tuple[str, ...]) -> "KernelCommand":
-        """Return this with another command line."""
+        """Return a copy with another command line."""
         return KernelCommand(
             argv=argv,
             env=self.env,
@@ -143,7 +143,10 @@ def place_descriptors(
 
 
 def prepare(command: KernelCommand) -> None:
-    """Take the limits and raise the walls: all but the execution. Raises OSError and ValueError."""
+    """Set the limits and raise the walls; only the execution is left.
+
+    Raises OSError and ValueError.
+    """
     for number, soft, hard in command.rlimits:
         resource.setrlimit(number, (soft, hard))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

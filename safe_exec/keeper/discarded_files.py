@@ -2,17 +2,15 @@
 
 Standard library only.
 
-The keeper does it when all in the sandbox is dead and the file systems still stand, since
-descriptors of their roots are open: nothing can change or hide what is found. Whatever lies there
-was named by the notebook, so it is walked by descriptors, no link is followed, and depth, number
-and time are bounded.
+The keeper lists them when all processes of the sandbox are dead, so nothing changes meanwhile. Its
+open descriptors of their roots keep the file systems in place. The notebook chose the names, so
+directories are walked by descriptors, no link is followed, and depth, number and time are bounded.
 
-Most that a run leaves in such places is no loss: caches, locks, sockets, temporary files. The rules
-for that are below; a file that only a user's own code would have named so is reported. Temporary
-files are told by what mkstemp(3), mkdtemp(3) and Python's tempfile do alone: they make entries that
-nobody else may read (0600 and 0700) under a name with random characters. A plain ``open`` makes
-files that others may read, unless the umask forbids it; then only the usual names are left to go
-by.
+Most files that a run leaves in such places are no loss: caches, locks, sockets, temporary files.
+The rules below recognise these; all other files are reported. Only mkstemp(3), mkdtemp(3) and
+Python's tempfile make entries that nobody else may read (0600 and 0700) under a name with random
+characters, so such an entry is temporary. A plain ``open`` makes files that others may read, unless
+the umask forbids it; then only the usual names identify temporary files.
 """
 
 from __future__ import annotations
@@ -79,11 +77,9 @@ def is_passing_name(name: str, *, is_directory: bool) -> bool:
 
 
 def is_passing_at_top(kind: str, name: str, mode: int, *, mode_tells: bool) -> bool:
-    """Whether an entry right below a place is of the kind that programs leave there.
+    """Whether an entry directly below a place, with all its content, is left there by programs.
 
-    All in a directory is of its kind.
-
-    ``mode_tells``: the umask would have let others read it.
+    ``mode_tells`` is true if the umask would have let others read a file of ``open``.
     """
     if kind == HOME:
         return name.startswith(".") or name in HOME_DOWNLOADS
@@ -104,7 +100,7 @@ def is_passing_at_top(kind: str, name: str, mode: int, *, mode_tells: bool) -> b
 
 
 class Listing:
-    """The files of a place, by the entry directly below the place that contains them.
+    """The files of several places, grouped by the entry directly below the place.
 
     The listing ends when its budget of time or of entries is used up.
     """
@@ -130,7 +126,7 @@ class Listing:
     ) -> None:
         """List the files below the directory ``fd``; ``place`` is its path in the notebook.
 
-        ``skip`` are paths in it that are none of the notebook's: mount points. ``is_old`` says
+        ``skip`` are paths in it that do not belong to the notebook: mount points. ``is_old`` says
         whether a file was there before; ``is_kept`` copies a file and says whether it did.
         """
         for name, status in self._files(fd, kind, frozenset(skip)):
@@ -162,7 +158,9 @@ class Listing:
     def _files(
         self, root: int, kind: str, skip: frozenset[str]
     ) -> Iterator[tuple[str, os.stat_result]]:
-        """The regular files by their path below ``root``, outer ones first in each directory.
+        """Yield the regular files with their path below ``root``.
+
+        Each directory's files come before those of its directories.
 
         Other file systems below it are left out.
         """
@@ -232,7 +230,7 @@ class _Directory:
 
 
 def umask() -> int:
-    """The umask of this process, which those that it starts inherit."""
+    """Return the umask of this process, which its children inherit."""
     mask = os.umask(PRIVATE)
     os.umask(mask)
     return mask

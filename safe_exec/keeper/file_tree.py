@@ -29,7 +29,10 @@ Fingerprint = tuple[object, ...]
 
 
 def fingerprint(path: Path, status: os.stat_result) -> Fingerprint:
-    """Return attributes that differ if an entry has changed. Raises OSError for a lost link."""
+    """Return attributes that differ if an entry has changed.
+
+    Raises OSError if a link has vanished.
+    """
     kind = stat.S_IFMT(status.st_mode)
     if stat.S_ISLNK(status.st_mode):
         return kind, os.readlink(path)
@@ -241,7 +244,7 @@ class ConcurrentChanges:
 
 
 def now() -> int:
-    """Return the time that Linux stamps changes with, in nanoseconds."""
+    """Return the clock by which Linux sets the times of files, in nanoseconds."""
     # time.time_ns() is finer, so a change right after it may bear an earlier stamp.
     return time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
 

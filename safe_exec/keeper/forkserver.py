@@ -43,7 +43,7 @@ def main(control_fd: int) -> None:
 
 
 def _run_keeper(control_fd: int, run_id: str, directory: str) -> None:
-    """Never returns: the fork must not go on as a fork server."""
+    """Run a keeper in the fork. Never returns, since a fork must not go on as a fork server."""
     try:
         os.setsid()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -195,7 +195,7 @@ class Keeper:
         return pid
 
     def chown_runtime_dir(self, owner: int | None) -> None:
-        """Give the sockets' directory and the connection file to the kernel's user."""
+        """Make the kernel's user the owner of the sockets' directory and of the connection file."""
         if owner is None or self.directory is None:
             return
         for path in (self.directory, *(entry.path for entry in os.scandir(self.directory))):
@@ -267,7 +267,7 @@ class Keeper:
         return None if self.exited else self.pid
 
     def read_kernel_ending(self) -> None:
-        """Read how the kernel ended from the init inside bubblewrap."""
+        """Receive the kernel's ending from the init inside bubblewrap, if it has come."""
         assert self.bubblewrap is not None
         ending = self.bubblewrap.kernel_ending()
         if ending is not None and not self.exited:
@@ -406,7 +406,7 @@ class Keeper:
                     self.report_exit(None, None, None)
 
     def note_signal_handlers(self) -> None:
-        """Note which signals the kernel caught at its end: only a zombie still shows them."""
+        """Record which signals the kernel caught at its end, while its zombie still shows them."""
         if self.bubblewrap is not None or not self.pid or self.exited:
             return
         with contextlib.suppress(ChildProcessError):

@@ -3,34 +3,35 @@
 Linux only; standard library only.
 
 Theory of operation (landlock(7); kernel documentation userspace-api/landlock). A ruleset names the
-kinds of access that it handles. What is handled is forbidden, but beneath the paths that a rule
-opens. :func:`restrict` makes the ruleset, adds the rules, and puts the calling thread under it for
-good, with all that will come from it; the child calls it right before it executes the kernel.
+kinds of access that it handles, and forbids them everywhere except beneath the paths of its rules.
+:func:`restrict` makes the ruleset, adds the rules, and applies it to the calling thread and all its
+descendants, irrevocably. The child calls it right before it executes the kernel.
 
-What a kernel of the system does not know yet is left out (:func:`describe`), as the documentation
-has it:
+Each version of Landlock (ABI) adds kinds of access; :func:`describe` tells which walls follow:
 
-=== ==============================================================================================
-ABI ===
-============================================================================================== 1
-reading, executing, writing, making and removing files; none can be moved to another directory 2
-they can, between directories that may be written to (REFER) 3   truncate(2); before, any file that
-the user may write to can be emptied by it 4   TCP: bind and connect 5   ioctl(2) on devices that
-are opened from then on 6   abstract Unix sockets of, and signals to, processes outside 7   nothing
-that we use: what is written to the audit log ===
-==============================================================================================
+=== ===================================================================================
+ABI new
+=== ===================================================================================
+1   read, execute, write, make and remove files; moving them to other directories fails
+2   move files between writable directories (REFER)
+3   truncate(2); with older versions any file that the user may write to can be emptied
+4   TCP: bind and connect
+5   ioctl(2) on devices that are opened from then on
+6   abstract Unix sockets of processes outside, and signals to them
+7   options of the audit log, which are not used here
+=== ===================================================================================
 
-What no ABI up to 7 walls off: looking at what a file is like (stat, access) and changing that
-(chmod, chown, utime, setxattr), chdir, Unix sockets with a path, UDP, and descriptors that are open
-already. A hidden tree that is mounted a second time, or a file with a second hard link, can be read
-there. Inside, nothing can be mounted, and no process outside can be traced (ptrace(2)), so that
-/proc/PID/mem, root and cwd of those outside are closed, too; environ and maps as well, but not to
-root on newer systems (CAP_PERFMON).
+No ABI up to 7 restricts reading and changing a file's attributes (stat, access; chmod, chown,
+utime, setxattr), chdir, Unix sockets with a path, UDP, and descriptors that are already open. A
+hidden tree can be read at a second mount, a hidden file at a second hard link. A restricted process
+can mount nothing and trace no process outside (ptrace(2)). So it cannot open /proc/PID/mem, root
+and cwd of those, nor environ and maps; the last two are open to root on newer systems
+(CAP_PERFMON).
 
-Rules open whole trees, and none can be taken back further down. To hide one directory, all beside
-it must be opened instead (:func:`all_but`): the directories above a hidden one can be passed
-through, but not listed, and what is put into them later cannot be read. Writable trees are
-readable; they may lie beneath hidden ones.
+A rule opens a whole tree, without exceptions. To hide one directory, :func:`all_but` opens
+everything beside it instead: the directories above the hidden one can be passed through but not
+listed, and files that are added to them later cannot be read. Writable trees are readable, even
+beneath hidden ones.
 """
 
 from __future__ import annotations
@@ -123,9 +124,9 @@ def all_but(
     islink: Callable[[str], bool] = os.path.islink,
     resolve: Callable[[str], str] = os.path.realpath,
 ) -> list[str]:
-    """The paths to open so that everything can be read but the hidden trees.
+    """Return the paths to open so that everything but the hidden trees can be read.
 
-    Only what lies above those is listed.
+    Only directories above a hidden tree are listed.
     """
     # Links are left out: following one needs no right, and what it leads to is opened for itself,
     # or hidden. A rule for a link would open its target, which may be what is to be hidden.
@@ -220,7 +221,7 @@ def _allow(ruleset: int, path: str, access: int) -> None:
 
 
 def _no_new_privileges() -> None:
-    """Set no_new_privs."""
+    """Set no_new_privs, without which an ordinary user may not restrict itself (prctl(2))."""
     # Landlock requires it of ordinary users: walls could mislead a set-user-id program.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_NO_NEW_PRIVS, *(ctypes.c_ulong(number) for number in (1, 0, 0, 0))) != 0:

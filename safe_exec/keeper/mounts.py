@@ -1,9 +1,9 @@
 """Bind mounts, overlays and tmpfs in a mount namespace of the kernel's own.
 
-The keeper's child calls :func:`enter` before it executes the kernel; nothing outside sees these
-mounts, and they are gone with the last process inside. Whoever may mount as he is needs a mount
-namespace alone; everybody else gets a user namespace with it (user_namespaces(7)), in which he
-stays the user he is, if the system lets him. Overlays in a user namespace: Linux 5.11 (overlayfs,
+The keeper's child calls :func:`enter` before it executes the kernel. No process outside sees these
+mounts, and they disappear with the last process inside. A user with the right to mount needs a
+mount namespace only; any other gets a user namespace too, with the same user id, if the system
+allows that (user_namespaces(7)). Overlays in a user namespace: Linux 5.11 (overlayfs,
 Documentation/filesystems/overlayfs.rst).
 """
 
@@ -53,9 +53,9 @@ def enter(mounts: Iterable[Mount], *, user_namespace: bool) -> None:
 
 
 def enter_own() -> None:
-    """Enter a mount namespace of our own, as root if possible, else with a user namespace.
+    """Enter a mount namespace of our own, as root if that succeeds, else with a user namespace.
 
-    Only trying shows whether it is possible. Raises OSError.
+    Raises OSError.
     """
     if os.geteuid() == 0:
         # Root without the right to mount (in a container) gets on as everybody else does.
@@ -66,7 +66,7 @@ def enter_own() -> None:
 
 
 def make(mount: Mount) -> None:
-    """Make one mount, in whatever namespace this process is in. Raises OSError."""
+    """Make one mount in this process's namespace. Raises OSError."""
     target = mount["target"]
     if mount["kind"] == "bind":
         with contextlib.suppress(*([FileNotFoundError] if "optional" in mount else [])):
@@ -87,7 +87,7 @@ def _is_first_user_namespace() -> bool:
 
 
 def _escaped(path: str) -> str:
-    """A path as an option of overlayfs: the signs that part options and layers are escaped."""
+    """Return a path for an option of overlayfs, whose separators are escaped."""
     return "".join(f"\\{char}" if char in "\\,:" else char for char in path)
 
 
@@ -127,7 +127,7 @@ def namespaces() -> str | None:
 
 
 def overlays(lower: Path, scratch: Path, way: str) -> bool:
-    """Whether ``lower`` can be overlaid with layers in ``scratch``."""
+    """Tell whether ``lower`` can be overlaid with layers in ``scratch``."""
     # Probed in ``scratch``: not every file system can carry layers.
     for name in ("upper", "work", "merged"):
         (scratch / name).mkdir(exist_ok=True)
@@ -142,7 +142,10 @@ def overlays(lower: Path, scratch: Path, way: str) -> bool:
 
 
 def _works(way: str, mounts: list[dict[str, str]]) -> bool:
-    """In a process of its own: a namespace cannot be left again."""
+    """Tell whether the mounts succeed.
+
+    Tried in a process of its own, which keeps its new namespace.
+    """
     if sys.platform != "linux" or (way == "root" and os.geteuid() != 0):
         return False
     # The keeper, which mounts, starts faster without.

@@ -33,7 +33,7 @@ class Stat(NamedTuple):
 
 
 def stat(pid: int, task: int | None = None) -> Stat | None:
-    """Read the stat line of a process or of one of its threads; ``None`` when it is gone."""
+    """Read the stat line of a process or of one of its threads; ``None`` if it has ended."""
     path = f"/proc/{pid}/stat" if task is None else f"/proc/{pid}/task/{task}/stat"
     try:
         with open(path, "rb") as handle:
@@ -51,12 +51,12 @@ def stat(pid: int, task: int | None = None) -> Stat | None:
 
 
 def age(process: Stat) -> float:
-    """Seconds since a process was started."""
+    """Return the seconds since a process was started."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) - process.started / TICKS
 
 
 def exit_status(pid: int) -> int | None:
-    """The raw wait status of a zombie; ``None`` when it is gone."""
+    """Return the raw wait status of a zombie; ``None`` if it was reaped."""
     # The last field of its stat line reads 0 without the right to trace it.
     try:
         with open(f"/proc/{pid}/stat", "rb") as handle:
@@ -66,9 +66,9 @@ def exit_status(pid: int) -> int | None:
 
 
 def children(pid: int) -> list[int]:
-    """The children of all threads of a process (Linux 4.2 with CONFIG_PROC_CHILDREN).
+    """Return the children of all threads of a process; empty if the system does not list them.
 
-    Empty where the system does not say.
+    Needs Linux 4.2 with CONFIG_PROC_CHILDREN.
     """
     pids: list[int] = []
     try:
@@ -94,9 +94,9 @@ def voluntary_switches(pid: int) -> int | None:
 
 
 def status_bytes(pid: int, key: str) -> int | None:
-    """A ``kB`` field of /proc/PID/status (VmStk, VmRSS, ...) in bytes.
+    """Return a ``kB`` field of /proc/PID/status (VmStk, VmRSS, ...) in bytes.
 
-    ``None`` when it cannot be read.
+    ``None`` if unreadable.
     """
     try:
         for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
@@ -108,7 +108,7 @@ def status_bytes(pid: int, key: str) -> int | None:
 
 
 def soft_limit(pid: int, title: str) -> int | None:
-    """The soft value of a row of /proc/PID/limits, ``None`` for unlimited or unreadable."""
+    """Return the soft value of a row of /proc/PID/limits; ``None`` for unlimited or unreadable."""
     try:
         for line in Path(f"/proc/{pid}/limits").read_text().splitlines():
             if line.startswith(title):
@@ -125,22 +125,19 @@ def catches(pid: int, signum: int) -> bool:
 
 
 def ignores(pid: int, signum: int) -> bool | None:
-    """Whether a process ignores a signal (SigIgn in /proc/PID/status).
-
-    ``None`` when it cannot be read.
-    """
+    """Whether a process ignores a signal (SigIgn in /proc/PID/status); ``None`` if unreadable."""
     return _in_mask(f"/proc/{pid}/status", "SigIgn", signum)
 
 
 def blocks(pid: int, task: int, signum: int) -> bool:
-    """Whether a thread has a signal blocked, as it has while it handles that signal (SigBlk)."""
+    """Whether a thread blocks a signal (SigBlk); it also does while it handles that signal."""
     return bool(_in_mask(f"/proc/{pid}/task/{task}/status", "SigBlk", signum))
 
 
 def caught_signals(pid: int) -> int | None:
-    """The signals that a process has handlers for (SigCgt, bit N-1 for signal N).
+    """Return the mask of signals with a handler (SigCgt: bit N-1 for signal N).
 
-    A zombie tells it too.
+    Works for zombies.
     """
     return _mask(f"/proc/{pid}/status", "SigCgt")
 
@@ -182,12 +179,12 @@ def ancestors(pid: int) -> list[int]:
 
 
 def all_pids() -> list[int]:
-    """The ids of all processes that /proc shows."""
+    """Return the ids of all processes that /proc shows."""
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
 def descendants(root: int) -> list[int]:
-    """All live and zombie descendants of ``root``, nearest first. One pass over /proc."""
+    """Return all live and zombie descendants of ``root``, nearest first. One pass over /proc."""
     children: dict[int, list[int]] = {}
     for pid in all_pids():
         status = stat(pid)
@@ -203,14 +200,14 @@ def descendants(root: int) -> list[int]:
 
 
 def signal_one(pid: int, signum: int) -> None:
-    """Send a signal to a process; one that is gone meanwhile is no error."""
+    """Send a signal to a process; nothing happens if it has ended."""
     signal_all([pid], signum)
 
 
 def run_delay(task: int) -> float | None:
-    """Seconds that a thread has waited for a processor (/proc/PID/schedstat).
+    """Return the seconds that a thread has waited for a processor (/proc/PID/schedstat).
 
-    ``None`` where the system does not count them.
+    ``None`` if the system does not count them.
     """
     try:
         with open(f"/proc/{task}/schedstat", "rb") as handle:
@@ -233,7 +230,7 @@ def tasks_of(uid: int) -> int:
 
 
 def signal_all(pids: Iterable[int], signum: int) -> None:
-    """Send a signal to each; those that are gone meanwhile are no error."""
+    """Send a signal to each process that has not ended."""
     for pid in pids:
         try:
             os.kill(pid, signum)

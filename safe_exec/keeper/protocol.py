@@ -51,8 +51,8 @@ HOME, TMP, SHM, FOLDER = "home", "tmp", "shm", "folder"
 class DiscardedPlace(NamedTuple):
     """A directory whose files disappear with the sandbox, to be listed before they do.
 
-    ``name`` is the user's name for ``path``, ``kind`` one of the four above. ``skip``
-    are paths below it that hold nothing of the notebook's: mount points.
+    ``name`` is the user's name for ``path``, ``kind`` one of the four above. ``skip`` are paths
+    below it that do not belong to the notebook: mount points.
     """
 
     name: str
@@ -64,7 +64,7 @@ class DiscardedPlace(NamedTuple):
 class LimitedDisk(NamedTuple):
     """A file system of limited size at ``base``, on which the run sees ``folder``.
 
-    ``size`` is in bytes. ``owner`` is the user id that everything on it gets, if not our own.
+    ``size`` is in bytes. ``owner`` is the user id of everything on it, ``None`` for our own.
     """
 
     base: str
@@ -94,10 +94,10 @@ class BwrapSetup(NamedTuple):
 class FaultingThread(NamedTuple):
     """Registers that Linux saved for a fatal signal, and the mappings that they point into.
 
-    ``faulted`` is false if the signal was sent, or if a division failed, which leaves no mark in
-    the registers: ``divides`` is true if the instruction is a division. ``stack`` is the range of
-    addresses of the mapping that holds the stack, ``address_access`` the permissions at the failing
-    address, as in /proc/PID/maps. ``task`` is the thread's id as seen from outside.
+    ``faulted`` is false if the signal was sent, and after a failed division, which leaves no trace
+    in the registers; ``divides`` is true if the instruction is a division. ``stack`` is the range
+    of addresses of the mapping that holds the stack, ``address_access`` the permissions at the
+    failing address, as in /proc/PID/maps. ``task`` is the thread's id as seen from outside.
     """
 
     task: int
@@ -156,10 +156,10 @@ class Spawn(NamedTuple):
 
     Descriptors for the kernel come with this message.
 
-    ``descriptor_names`` are the place holders for them in the command. ``stack_before`` are the
-    reasons for which a kernel is asked for its stack before it is killed. ``owner`` gets the
-    runtime directory. ``directories`` are removed with the sandbox, ``cleanup_if_runner_dies`` only
-    after the runner's death. Files of a private copy that match ``keep_patterns`` are copied to
+    ``descriptor_names`` are the placeholders for them in the command. ``stack_before`` are the
+    termination reasons for which a stack is requested before the kill. ``owner`` gets the runtime
+    directory. ``directories`` are removed with the sandbox, ``cleanup_if_runner_dies`` only after
+    the runner's death. Files of a private copy that match ``keep_patterns`` are copied to
     ``keep_folder``. The kernel may be traced by descendants of ``tracer``.
     """
 
@@ -194,7 +194,7 @@ class Kill(NamedTuple):
 
 
 class AddCleanup(NamedTuple):
-    """Directories to remove if the runner dies, in place of those of ``Spawn``."""
+    """Replace the directories of ``Spawn`` that are removed if the runner dies."""
 
     cleanup_if_runner_dies: tuple[str, ...]
 
@@ -206,7 +206,7 @@ class HoldAtFault(NamedTuple):
 
 
 class ReadOn(NamedTuple):
-    """Let a held kernel die."""
+    """End ``HoldAtFault`` early: let the held kernel write its report and die."""
 
 
 class Finish(NamedTuple):
@@ -269,12 +269,12 @@ class Trouble(NamedTuple):
 
 
 class Exited(NamedTuple):
-    """The end of the kernel process, and all that cannot be read later.
+    """The end of the kernel process, and all facts that cannot be read later.
 
     ``status`` is the raw wait status, ``None`` if nobody could read it. ``caught_signals`` is a
     mask as in /proc (SigCgt). ``resident_peak`` is the largest resident memory in bytes of the
-    process or of a child that it waited for. ``bursts`` are the ends of what it wrote to stderr,
-    each with the time of its last piece.
+    process or of a child that it waited for. ``bursts`` are the last pieces of text on its stderr,
+    each with its time.
     """
 
     at: float
@@ -358,7 +358,7 @@ class ProtocolError(ValueError):
 
 
 class LineBuffer:
-    """Splits the bytes from the socket into lines; the last, unfinished one waits for its rest."""
+    """Splits the bytes from the socket into lines, and keeps an unfinished last line."""
 
     def __init__(self) -> None:
         self._unfinished = b""

@@ -1,9 +1,8 @@
 """Filters the system calls of a process, irrevocably (seccomp(2)).
 
-Linux only; standard library only. The child calls :func:`install` as the last thing before it
-executes the kernel. Everything that comes from it carries the filter, through fork and exec, and
-nothing takes it off again. The runner sends the filter; sandbox/host/seccomp_policy.py explains its
-content.
+Linux only; standard library only. The child calls :func:`install` right before it executes the
+kernel. All its descendants inherit the filter, through fork and exec, and cannot remove it. The
+runner sends the filter; sandbox/host/seccomp_policy.py explains its content.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ INSTRUCTION_BYTES = 8
 
 
 def install(program: bytes) -> None:
-    """Put the calling thread, and all that will come from it, under a filter for good.
+    """Apply a filter to the calling thread and all its descendants, irrevocably.
 
     Raises OSError that names the step that failed.
     """

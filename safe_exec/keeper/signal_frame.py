@@ -63,12 +63,10 @@ _ARM_SYNDROME = struct.pack("<II", 0x45535201, 16)
 
 
 class Registers(NamedTuple):
-    """Registers that Linux saved. ``faulted`` is false if the signal was sent.
+    """Registers that Linux saved. ``faulted`` is false if the signal was sent (kill, raise).
 
-    Else the signal was sent.
-
-    ``address`` is the one whose access failed, ``None`` where the processor does not tell (an
-    address that no mapping can have, an illegal instruction).
+    ``address`` is the one whose access failed, ``None`` if the processor does not report it: for a
+    non-canonical address or an illegal instruction.
     """
 
     faulted: bool
@@ -111,7 +109,7 @@ def read(pid: int, channel: int, dump_signal: int | None) -> FaultingThread | No
 
 
 def _writer(pid: int, channel: int, dump_signal: int | None) -> tuple[int, int] | None:
-    """The thread that is blocked in writing to the channel, and its stack pointer."""
+    """Return the thread that is blocked in writing to the channel, and its stack pointer."""
     call = str(WRITE_CALL[MACHINE])
     for task in os.listdir(f"/proc/{pid}/task"):
         try:
@@ -143,7 +141,7 @@ def _read_thread(pid: int, task: int, handler_sp: int) -> FaultingThread | None:
 
 
 def _machine_code(memory: int, address: int) -> bytes:
-    """The bytes at an instruction; empty where none can be read (a call of a bad address)."""
+    """Return the bytes at an instruction; empty if unreadable, as after a call of a bad address."""
     try:
         return os.pread(memory, CODE_BYTES, address)
     except (OSError, OverflowError):
@@ -201,7 +199,7 @@ def _find_arm(memory: bytes) -> Registers | None:
 
 
 def parse_maps(text: str) -> list[Mapping]:
-    """The mappings of a process, lowest first; lines that are none are left out."""
+    """Return the mappings of a process, lowest first; invalid lines are left out."""
     mappings = []
     for line in text.splitlines():
         try:

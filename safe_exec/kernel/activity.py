@@ -41,10 +41,10 @@ Stacks = tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...]]
 class ObservedKernel(Struct, frozen=True, kw_only=True):
     """The kernel to observe.
 
-    ``dump`` asks it for the stack of its main thread (``None`` if it cannot), or with true for those
-    of all threads, none of which may run; ``dumped`` returns the answer: the main thread's stack and
-    those of the others. ``ended`` returns the children that
-    ended since the cell began, ``known_children`` all that were seen alive.
+    ``dump(False)`` requests the stack of the main thread, ``dump(True)`` those of all threads, none
+    of which may be running; ``dump`` is ``None`` if the kernel cannot answer. ``dumped`` returns
+    the main thread's stack and those of the others. ``ended`` returns the children that ended since
+    the cell began, ``known_children`` all children that were seen alive.
     """
 
     pid: int
@@ -156,7 +156,7 @@ async def _stacks(
 
 
 async def _dumped(subject: ObservedKernel, is_answer: Callable[[Stacks], bool]) -> Stacks:
-    """Wait for the requested stacks, at most half a second, and return those that came."""
+    """Wait at most half a second for the requested stacks, and return those that arrived."""
     last_stacks: Stacks = ((), ())
     for _ in range(ANSWER_LOOKS):
         await asyncio.sleep(ANSWER_SECONDS / ANSWER_LOOKS)

@@ -44,7 +44,7 @@ Rows = list[tuple[str, int, str, int]]
 
 
 class ReportedErrors(Struct, frozen=True, kw_only=True):
-    """The exceptions that a cell ended with; ``search`` is its PATH."""
+    """The exceptions that a cell ended with; ``search`` is PATH as the cell left it."""
 
     errors: tuple[Raised, ...] = ()
     cwd: str | None = None
@@ -208,12 +208,12 @@ class AgentFacts:
     # --- cells: the agent's numbers, request ids, indexes in the notebook -------------------------
 
     def index_of(self, number: int) -> int | None:
-        """The notebook's cell index for the agent's number of a cell."""
+        """Return the notebook's cell index for the agent's number of a cell."""
         msg_id = self._cells.get(number)
         return self.client.cells_by_request.get(msg_id) if self.client and msg_id else None
 
     def number_of(self, msg_id: str) -> int:
-        """The agent's number of the cell for a request; 0 if it has not begun."""
+        """Return the agent's number of the cell for a request; 0 if it has not begun."""
         return self._numbers.get(msg_id, 0)
 
     def frames(self, rows: Rows) -> tuple[Frame, ...]:
@@ -231,9 +231,9 @@ class AgentFacts:
     # --- the pipes behind descriptors 1 and 2 -----------------------------------------------------
 
     def residue(self, recorded_bytes: Callable[[str], int]) -> dict[str, str]:
-        """Return output of a dead kernel's C code that is still in the pipes, by stream.
+        """Return by stream the output of a dead kernel's C code that is still in the pipes.
 
-        ``recorded_bytes`` gives the number of bytes that are in the outputs already.
+        ``recorded_bytes`` returns the number of a stream's bytes that are in the outputs already.
         """
         # ipykernel reads these pipes in a thread of the same process, so its death leaves the last
         # writes of C code behind. The agent sent us a copy of each read end.

@@ -32,7 +32,7 @@ class Recording(Struct, frozen=True, kw_only=True):
 
 
 def can_read_allocations() -> bool:
-    """Whether memray is installed here, which reads the recordings of one in the kernel."""
+    """Whether memray is installed here too, to read the recordings of the kernel's memray."""
     return find_spec("memray") is not None
 
 
@@ -61,7 +61,7 @@ class AllocationFile:
         """Return the memory that each stack of cell lines holds at the end, the largest first.
 
         Empty without an error if nothing was recorded: the kernel's environment has no memray.
-        ``peak`` is the memory that was in use at most, in bytes.
+        ``peak`` is the highest memory use in bytes.
         """
         descriptor = self._file.fileno()
         if not os.fstat(descriptor).st_size:
@@ -84,7 +84,7 @@ class AllocationFile:
 
 
 def without_reserved(rows: list[Any], peak: int | None) -> list[Any]:
-    """Return the rows of the reader without large mappings that cannot have been written to.
+    """Return the reader's rows without large mappings that were only reserved.
 
     Allocators reserve address space beyond what they use: pyarrow's takes 1 GiB at once.
     """

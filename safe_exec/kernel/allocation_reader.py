@@ -1,8 +1,9 @@
-"""A process of its own that reads what memray recorded: ``allocation_reader.py FD``.
+"""Reads memray's recording in a process of its own: ``allocation_reader.py FD``.
 
-The kernel wrote the file, and its reader is native code: so it runs with bounds and apart from the
-runner. Prints a JSON list of the allocations that were alive at the end, by stack, the largest first: the
-bytes, those of them in large mappings, and the stack (function, file, line), innermost first.
+The kernel wrote the file, and memray's reader is native code, so it runs apart from the runner and
+within bounds. Prints a JSON list of the allocations that were alive at the end, by stack, the
+largest first: the bytes, those of them in large mappings, and the stack (function, file, line),
+innermost first.
 """
 
 import json
@@ -39,7 +40,7 @@ def main() -> None:
 
 
 def large_mappings(reader: Any) -> Counter[tuple[Frame, ...]]:
-    """Return the bytes of the large mappings that were there at the end, by stack."""
+    """Return the bytes of the large mappings that existed at the end, by stack."""
     from memray import AllocatorType
 
     mappings: dict[int, tuple[int, tuple[Frame, ...]]] = {}

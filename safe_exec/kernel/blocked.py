@@ -68,7 +68,7 @@ _ON_DESCRIPTORS = frozenset(
 
 
 def waited_descriptors(pid: int, call: Call) -> tuple[int, ...] | None:
-    """The descriptors that a call waits for; empty if it waits only for time to pass.
+    """Return the descriptors that a call waits for; empty if it only waits for time to pass.
 
     ``None`` for calls without descriptors, or if they cannot be read.
     """
@@ -113,7 +113,7 @@ def _memory(pid: int, address: int, size: int) -> bytes:
 
 
 def blocked_call(pid: int, task: int | None = None) -> Call | None:
-    """The call in which a thread (by default the main one) is blocked.
+    """Return the call in which a thread (by default the main one) is blocked.
 
     ``None`` if the thread runs, or if we have no permission to see it.
     """
@@ -153,7 +153,7 @@ def is_private_wait(call: Call) -> bool:
 
 
 def thread_ids(pid: int, most: int) -> list[int]:
-    """The ids of at most ``most`` threads of a process."""
+    """Return the ids of at most ``most`` threads of a process."""
     try:
         return sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))[:most]
     except OSError:

@@ -33,7 +33,7 @@ class Source(Struct, frozen=True, kw_only=True):
     functions: tuple[tuple[str, int, int], ...] | None = None
 
     def has(self, function: str, line: int) -> bool:
-        """Whether a line of a function can be of this code."""
+        """Whether a line of a function can belong to this code."""
         if self.functions is None:
             return True
         return any(
@@ -67,9 +67,9 @@ class CellCode:
             self._sources.setdefault(escaped(name), []).append(source)
 
     def locate(self, function: str, line: int | None, file: str) -> tuple[int | None, int | None]:
-        """The notebook's cell and the line in it, for a file name as faulthandler writes it.
+        """Return cell and line in it, for a frame as faulthandler writes it.
 
-        For other code, no cell and the line unchanged.
+        For other code it returns no cell, and the line unchanged.
         """
         for source in reversed(self._sources.get(file, ())):
             if line is None:

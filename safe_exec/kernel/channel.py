@@ -41,10 +41,10 @@ class Refused(ValueError):  # noqa: N818 - names the event
 
 
 class Channel:
-    """One channel of a kernel.
+    """One channel of a kernel (shell, iopub, stdin, control) with the methods that nbclient calls.
 
-    ``on_oversize`` is called with the size of a message that was too large, ``overheard`` with
-    every valid message.
+    ``on_oversize`` is called with the size of each message that was too large, ``overheard`` with
+    each valid message.
     """
 
     def __init__(self, session: Any, connection: Connection) -> None:
@@ -63,7 +63,7 @@ class Channel:
     async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:  # noqa: ASYNC109
         """Return the next message.
 
-        Waits for it without end, or raises ``queue.Empty`` after ``timeout`` seconds.
+        Waits without a limit, or raises ``queue.Empty`` after ``timeout`` seconds.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -131,7 +131,7 @@ class Channel:
             return None
 
     def _remains(self, parts: list[bytes]) -> dict[str, Any] | None:
-        """Make an error reply from the kept parts of a reply that was too large.
+        """Turn the kept parts of a reply that was too large into an error reply.
 
         ``None`` for other messages.
         """
@@ -290,7 +290,7 @@ def _adapted(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cost(part: bytes) -> int:
-    """Return an upper bound of the memory that the objects of a JSON text take."""
+    """Return an upper bound of the memory that a JSON text needs once it is parsed."""
     # Bytes in CPython: a container 72 including its place in the parent, a text 56, an entry of an
     # object 50, a number 32.
     marks = part.translate(None, _NO_STRUCTURE)  # one pass instead of five
@@ -305,7 +305,7 @@ def _cost(part: bytes) -> int:
 
 
 def _cost_of_structure(part: bytes) -> int:
-    """Return the same bound for everything outside of texts."""
+    """Return that bound for the part of a JSON text outside of its strings."""
     # An HTML or SVG output has many brackets and commas within a text, where they cost one byte.
     plain = part.replace(b"\\\\", b"").replace(b'\\"', b"")
     texts = plain.count(b'"') // 2

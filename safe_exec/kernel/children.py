@@ -62,7 +62,7 @@ class ChildHistory:
         return pid in self._children and self._children[pid].started == started
 
     def known(self) -> dict[int, EndedChild]:
-        """Return all children by process id outside."""
+        """Return all children by their process id in our namespace."""
         # /proc shows no command line for a zombie; this keeps the earlier one.
         return {pid: _as_ended(child) for pid, child in self._children.items()}
 

@@ -59,7 +59,7 @@ class OutputAccounting:
 
 
 class TrialClient(NotebookClient):  # type: ignore[misc]
-    """One notebook against one sandboxed kernel."""
+    """Runs the cells of one notebook in one sandboxed kernel."""
 
     def __init__(
         self,
@@ -232,7 +232,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         self._complete(execution)
 
     def _complete(self, execution: Execution) -> None:
-        """End a cell whose reply has come, by nbclient's rules."""
+        """End a cell whose reply has arrived, by nbclient's rules."""
         execution.stop_timer()
         self._execution = None
         cell, index, reply = execution.cell, execution.index, execution.reply
@@ -264,7 +264,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         return note is None or self.previous_cell is None or note.cell != self.previous_cell
 
     def _at_work(self, claim: str) -> bool:
-        """Whether the agent's note contradicts a claim that the cell is done; store the claim."""
+        """Whether the agent still runs the cell, against a message's claim; records that claim."""
         note = self.note()
         if note is None or note.finished:
             return False
@@ -272,7 +272,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         return True
 
     def _detect_exit_request(self, content: dict[str, Any], cell_index: int) -> None:
-        """Note a request to end the kernel."""
+        """Record that the cell asked the frontend to end the kernel."""
         # ``exit()`` in IPython replies "ok" with this payload, and the kernel's loop stops 0.1 s
         # later. ``exit(True)`` keeps the kernel.
         for payload in content.get("payload") or ():
@@ -451,7 +451,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
     def output(
         self, outs: list[Any], msg: dict[str, Any], display_id: str | None, cell_index: int
     ) -> Any:
-        """Add an output, as nbclient does, with two differences."""
+        """Add an output as nbclient does, but join stream pieces and skip a second validation."""
         # A stream in very many pieces is joined. And ``checked`` has validated the content already:
         # nbformat's schema check would double the time that an output takes.
         if self.output_hook_stack[msg["parent_header"].get("msg_id")]:
@@ -472,10 +472,10 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
     # --- after a death ----------------------------------------------------------------------------
 
     def recover(self, page: Page, number: int, residue: dict[str, str]) -> int:
-        """Add output that the dead kernel had written but not sent to the running cell.
+        """Add to the running cell the output that a dead kernel had written but not sent.
 
-        Returns how much was added: characters plus displays. ``number`` is the agent's number of the cell;
-        ``residue`` is the text left in the pipes of descriptors 1 and 2, by stream.
+        Returns how much was added: characters plus displays. ``number`` is the agent's number of
+        the cell; ``residue`` is the text left in the pipes of descriptors 1 and 2, by stream.
         """
         # ipykernel sends prints every 0.2 s, and SIGKILL loses the buffered ones.
         if self.running is None:

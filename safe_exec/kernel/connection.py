@@ -34,9 +34,10 @@ class ConnectFailed(OSError):  # noqa: N818 - names the event
 
 
 class Connection:
-    """One end of an open connection.
+    """An open connection to a kernel's socket.
 
-    ``take`` returns messages. ``on_arrival`` is called when one has arrived, and at the end.
+    ``take`` returns messages. ``on_arrival`` is called when a message has arrived, and when the
+    other end has closed.
     """
 
     def __init__(self, sock: socket.socket, *, largest: int | None) -> None:

@@ -1,4 +1,4 @@
-"""One cell that was sent to the kernel, until its reply and the end of its output have come."""
+"""A cell that was sent to the kernel, until its reply and the end of its output have arrived."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ FIRST_YEAR = 1000
 class Execution:
     """The state of one request.
 
-    ``is_accepted``: its reply is believed. ``is_idle``: its output has ended. ``begins_until`` is
-    the moment (``time.monotonic``) until which the kernel should have begun the cell.
+    ``is_accepted`` is true once its reply is believed, ``is_idle`` once its output has ended.
+    ``begins_until`` is the moment (``time.monotonic``) until which the kernel should have begun the
+    cell.
     """
 
     def __init__(self, *, msg_id: str, cell: Any, index: int, count: int) -> None:

@@ -36,7 +36,7 @@ LONGEST = 500
 
 
 class Thread(Struct, frozen=True, kw_only=True):
-    """One thread of a dump; ``current`` faulted or answered. Frames come innermost first.
+    """One thread of a dump. ``current``: it faulted or wrote the dump. Frames are innermost first.
 
     ``ident`` is ``None`` for the main thread's dump of its own stack.
     """
@@ -84,7 +84,7 @@ def notebook_part(frames: tuple[Frame, ...]) -> tuple[Frame, ...]:
 
 
 def main_stack(text: str, cells: CellCode, main: int | None) -> tuple[Frame, ...]:
-    """The main thread's frames in a dump; empty if the dump lacks it."""
+    """Return the main thread's frames in a dump; empty if the dump lacks it."""
     threads = parse_threads(text, cells)
     return next(
         (t.frames for t in threads if t.ident in {main, None}),
@@ -100,18 +100,21 @@ def other_stacks(text: str, cells: CellCode, main: int | None) -> tuple[tuple[Fr
 
 
 def dumps(text: str, cells: CellCode, main: int | None) -> tuple[tuple[Frame, ...], ...]:
-    """The main thread's frames in each of several dumps, oldest first."""
+    """Return the main thread's frames in each of several dumps, oldest first."""
     threads = parse_threads(text, cells)
     return tuple(t.frames for t in threads if t.ident in {main, None} and t.frames)
 
 
 def innermost_line(stack: Iterable[Frame], cell: int) -> int | None:
-    """The innermost line of a cell in a stack; ``None`` if the stack has no frame of the cell."""
+    """Return the innermost line of a cell in a stack.
+
+    ``None`` if the stack has no frame of the cell.
+    """
     return next((frame.line for frame in stack if frame.cell == cell and frame.line), None)
 
 
 def most_typical(stacks: Sequence[tuple[Frame, ...]], cell: int) -> tuple[Frame, ...]:
-    """Return the last of some stacks, or a more typical one at the same line."""
+    """Return the last stack, or one at the same line whose innermost cell is the most frequent."""
     # Between two calls of the function that fills the memory, a dump can catch the caller. So take
     # the cell that most dumps were in; of two equally frequent cells, the one deeper in the stack.
     line = innermost_line(stacks[-1], cell)

@@ -1,4 +1,4 @@
-"""Derives the place of a fault from registers: did the thread leave its stack? Pure."""
+"""Derives the location of a fault from registers, and whether the stack overflowed. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NEAR_BYTES = 64 * 1024
 def read_site(
     thread: FaultingThread | None, ident: int | None, *, arithmetic: bool = False
 ) -> FaultSite | None:
-    """Return the place of a fault, ``None`` if the keeper could not read the thread.
+    """Return the location of a fault, ``None`` if the keeper could not read the thread.
 
     ``ident`` is the faulting thread's identifier in the fault report. ``arithmetic`` is true for
     SIGFPE.

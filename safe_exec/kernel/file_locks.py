@@ -96,7 +96,7 @@ def awaited_lock(kernel: int, call: Call | None, others: Iterable[int]) -> Obser
 
 
 def held_files(pid: int) -> list[str]:
-    """The paths of the files on which a process holds a lock."""
+    """Return the paths of the files on which a process holds a lock."""
     files = []
     for number in descriptors(pid):
         if parse(

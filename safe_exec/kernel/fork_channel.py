@@ -1,7 +1,7 @@
 """The runner's end of the channel to the processes that the agent forks from a kernel.
 
-What comes over it is a claim: code of the notebook runs in those processes. Answers only say which
-trial the culprit search runs next.
+All its messages are claims, since code of the notebook runs in those processes. Answers only say
+which trial the culprit search runs next.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ForkChannel:
         return False
 
     async def receive(self, seconds: float) -> ForkMessage | None:
-        """Return the next message; ``None`` at the end, and for one that makes no sense.
+        """Return the next message; ``None`` at the end of the socket and for an invalid message.
 
         Raises TimeoutError if there is none in time.
         """
@@ -104,7 +104,7 @@ def _channel_of(fds: list[int]) -> ForkChannel | None:
 
 
 class RootHandover:
-    """A channel to the root of the forks, before and after its other end was handed over."""
+    """A channel to the root of the forks, whose other end is handed over to the agent."""
 
     def __init__(self) -> None:
         ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

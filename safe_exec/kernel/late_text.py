@@ -11,7 +11,7 @@ MOST_CHARACTERS = 16384
 
 
 class LateText:
-    """The end of late stderr text, by cell index."""
+    """The last part of each cell's late stderr text, by cell index."""
 
     # A thread that a cell started can write after the cell, and its message may explain a later
     # death. It is evidence, but not output of the notebook.

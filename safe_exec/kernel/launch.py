@@ -64,7 +64,7 @@ class AgentChannels:
         return {"page": self.page.fd, "facts": self._theirs.fileno()}
 
     def handed_over(self) -> None:
-        """Close our copy of the kernel's end; without it the socket ends with the kernel."""
+        """Close our copy of the kernel's end, so that the socket ends when the kernel does."""
         self._theirs.close()
 
     def close(self) -> None:
@@ -210,7 +210,7 @@ def _read_spec(directory: str) -> Spec | None:
 
 
 def command(spec: Spec, connection_file: str, extra: Sequence[str]) -> list[str]:
-    """The kernel's command with its placeholders filled in."""
+    """Return the kernel's command with its placeholders filled in."""
     argv = [*spec.argv, *extra]
     major, minor = sys.version_info[:2]
     # Like jupyter_client, replace a bare "python" by the interpreter that runs us.
@@ -228,7 +228,7 @@ def command(spec: Spec, connection_file: str, extra: Sequence[str]) -> list[str]
 
 
 def environment_of(spec: Spec, env: Mapping[str, str]) -> dict[str, str]:
-    """The environment with the spec's additions."""
+    """Return the environment with the spec's additions."""
     added = {
         name: string.Template(value).safe_substitute(env)
         for name, value in spec.document.get("env", {}).items()
@@ -240,7 +240,7 @@ def environment_of(spec: Spec, env: Mapping[str, str]) -> dict[str, str]:
 
 
 def extra_arguments(kernel_name: str) -> list[str]:
-    """Arguments that keep the user's IPython history out of a headless run, as in nbclient."""
+    """Return arguments that keep a headless run out of the user's IPython history, as nbclient."""
     return (
         ["--HistoryManager.hist_file=:memory:"]
         if kernel_name in ("python", "python2", "python3")
@@ -423,7 +423,7 @@ def _enclose(
     *,
     removed: tuple[str, ...],
 ) -> Enclosure | None:
-    """Return the setup of the walls, ``None`` if there are none; store their facts in the sandbox.
+    """Return the setup of the walls, ``None`` if there are none; set ``sandbox.isolation``.
 
     ``removed`` are the names of variables that the kernel does not get.
     """
@@ -456,7 +456,7 @@ def inside_config(
     coverage: CoverageFile | None = None,
     forks: bool = False,
 ) -> dict[str, object]:
-    """The agent's settings.
+    """Return the agent's settings.
 
     The agent cuts output at its caps only if the client ``marks`` the missing part. With
     ``strict_shell`` a failing ``!command`` raises. ``thorough``: the run only looks for the holders

@@ -35,7 +35,7 @@ def refuse_other_machines(manager: Any) -> None:
 def give_keys(manager: Any, wish: str | None) -> None:
     """Create a manager's CurveZMQ keys if its policy asks for them and the kernel supports them.
 
-    ``wish`` is the policy of this start, ``None`` for the manager's own. Raises RuntimeError if
+    ``wish`` is this start's policy, ``None`` for the manager's own. Raises RuntimeError if
     encryption is required and the transport has none.
     """
     # Managers before jupyter_client 8.9 have no policy.

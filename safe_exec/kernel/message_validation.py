@@ -76,7 +76,7 @@ def _demand(content: Mapping[str, Any], **types: type) -> None:
 
 
 def _count_checked(content: dict[str, Any]) -> list[str]:
-    """Remove an invalid execution count."""
+    """Remove an invalid execution count; return the problem, if any."""
     # The schema of nbformat allows no negative numbers, so the notebook would be invalid.
     count = content.get("execution_count")
     if count is None or (type(count) is int and 0 <= count < MOST_COUNT):
@@ -101,7 +101,7 @@ def _bundle_checked(content: dict[str, Any]) -> list[str]:
 
 
 def _why_not(key: str, value: Any) -> str:
-    """Return the problem with one entry of a bundle, or an empty text."""
+    """Return the problem with one entry of a MIME bundle, or ""."""
     if len(key) > LONGEST_TYPE:
         return "no MIME type"
     if _JSON.fullmatch(key):

@@ -46,14 +46,14 @@ _PYTHON = lazy_pattern(r"/lib-dynload/[^/]+$|/(?:lib)?python3[^/]*$")
 
 
 class NativeReading(Struct, frozen=True, kw_only=True):
-    """The inspector's output: frames as plain values, and the error that cost the others."""
+    """The inspector's output: frames as plain values, and the error if some are missing."""
 
     frames: tuple[dict[str, Any], ...] = ()
     error: str | None = None
 
 
 async def read(pid: int, dying: Dying, *, with_locals: bool) -> NativeReading:
-    """Read the native stack of the thread that faulted in a held process, in BUDGET_SECONDS."""
+    """Read the native stack of the faulting thread in a held process, in at most BUDGET_SECONDS."""
     root = str(Path(__file__).parents[2])
     arguments = map(str, (pid, *dying, int(with_locals)))
     started = time.monotonic()
@@ -88,7 +88,7 @@ async def read(pid: int, dying: Dying, *, with_locals: bool) -> NativeReading:
 
 
 def parse(lines: list[bytes], failure: str) -> NativeReading:
-    """Parse the inspector's lines; ``failure`` is why there are fewer than two."""
+    """Parse the inspector's two lines; ``failure`` is the reason if there are fewer."""
     frames: tuple[dict[str, Any], ...] = ()
     documents = [json.loads(line) for line in lines if line.endswith(b"\n")]
     for document in documents:
@@ -101,7 +101,7 @@ def parse(lines: list[bytes], failure: str) -> NativeReading:
 
 
 def with_innermost(fault: FaultReport, *, was_to_be_read: bool = True) -> FaultReport:
-    """Add the innermost C function, or its library, if the native stack was not or not all read."""
+    """Add the innermost C function or its library if the native stack is missing or incomplete."""
     if fault.native:
         return fault
     # Python turns its fault handler off before it aborts (Py_FatalError), so nothing holds the

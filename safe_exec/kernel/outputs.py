@@ -42,7 +42,7 @@ def output_node(kind: str, content: Mapping[str, Any]) -> Any:
 
 
 def remark(text: str) -> Any:
-    """Return an output node with a text of safe-exec."""
+    """Return an output node with a remark of safe-exec."""
     return NotebookNode(output_type="stream", name="stderr", text=text)
 
 
@@ -64,7 +64,7 @@ def join(last: Any, text: str) -> None:
 
 
 def size_of(kind: str, content: Mapping[str, Any]) -> int:
-    """Approximate size in bytes of the content that will be stored."""
+    """Return the approximate size in bytes of the content that will be stored."""
     if kind == "stream":
         text = content.get("text", "")
         return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))

@@ -1,4 +1,4 @@
-"""Opens a run's sandbox first; its kernel starts while we import the rest."""
+"""Opens a run's sandbox early, so that its kernel starts while other modules are imported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from safe_exec.sandbox.sandbox import Sandbox
 
 
 class PrestartedKernel:
-    """A sandbox without a run yet. As a context manager it removes everything at the end."""
+    """A sandbox whose run has not begun. As a context manager it removes everything at the end."""
 
     def __init__(self) -> None:
         """Claim the prestarted keeper, or start one."""

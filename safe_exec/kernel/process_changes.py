@@ -29,7 +29,7 @@ Limits = Mapping[str, int | None]
 
 
 def parse(text: str) -> Limits:
-    """The soft limits in the text of /proc/PID/limits."""
+    """Return the soft limits in the text of /proc/PID/limits."""
     limits: dict[str, int | None] = {}
     for line in text.splitlines():
         title = line[:26].strip()
@@ -75,7 +75,7 @@ class ProcessChanges:
             self.executed = command_text(program)
 
     def limits(self) -> tuple[ChangedLimit, ...]:
-        """The soft limits that differ from those at the start."""
+        """Return the soft limits that differ from those at the start."""
         return tuple(
             ChangedLimit(name=name, initial_value=initial, current_value=self._current[name])
             for name, initial in self._limits.items()

@@ -44,7 +44,7 @@ MASK = "***"
 
 
 class Snapshot(NamedTuple):
-    """Processor seconds and the call of each thread at one moment, by process id."""
+    """Processor seconds and blocking calls at one moment, by process id."""
 
     cpu: dict[int, float]
     calls: dict[int, dict[int, Call | None]]
@@ -154,7 +154,7 @@ def _observe(
 
 
 def _full_pipe(pid: int, calls: Mapping[int, Call]) -> tuple[str, int | None] | None:
-    """The full pipe that blocks a thread, and the number of bytes in it."""
+    """Return the full pipe that blocks a thread, and the number of bytes in it."""
     for call in calls.values():
         if call.name in WRITES and call.descriptor is not None:
             target = descriptor_target(pid, call.descriptor)
@@ -186,7 +186,7 @@ def waiting_bytes(pid: int, descriptor: int) -> int | None:
 
 
 def local_child(pid: int, call: Call) -> int | None:
-    """The child that a process waits for, as a process id in that process's namespace."""
+    """Return the child that a process waits for, by its process id in that process's namespace."""
     awaited = awaited_child(call)
     if awaited is None or awaited[0] == "pid":
         return awaited[1] if awaited else None
@@ -214,7 +214,7 @@ def pipes(pid: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def descriptors(pid: int) -> list[int]:
-    """The numbers of a process's descriptors, at most MOST_DESCRIPTORS."""
+    """Return the numbers of a process's descriptors, at most MOST_DESCRIPTORS."""
     try:
         return [int(name) for name in os.listdir(f"/proc/{pid}/fd")[:MOST_DESCRIPTORS]]
     except OSError:
@@ -252,7 +252,7 @@ def _access_mode(pid: int, number: int) -> int | None:
 
 
 def _reads_terminal(pid: int, call: Call | None) -> bool:
-    """Whether a process waits for input from a terminal, so from a person."""
+    """Whether a process waits for input from a terminal, that is, from a person."""
     if call is None or call.name not in ("read", "pselect6", "select", "poll", "ppoll"):
         return False
     number = call.descriptor if call.name == "read" else 0

@@ -205,14 +205,17 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
             raise
 
     def resolve_path(self, path_str: str) -> str | None:
-        """The absolute path of an existing file; relative paths start at the kernel's directory."""
+        """Return the absolute path of an existing file.
+
+        Relative paths start at the kernel's directory.
+        """
         path = Path(path_str).expanduser()
         if not path.is_absolute() and self.cwd is not None:
             path = (Path(self.cwd) / path).resolve()
         return path.as_posix() if path.exists() else None
 
     async def get_provisioner_info(self) -> dict[str, Any]:
-        """The facts by which another process of the same tool can recognise this kernel."""
+        """Return the facts by which another process of the same tool can recognise this kernel."""
         info: dict[str, Any] = await super().get_provisioner_info()
         return info | {"pid": self.pid, "pgid": self.pgid, "ip": self.ip}
 
@@ -357,7 +360,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self._asked_for()
 
     def _asked_for(self) -> None:
-        """Treat an end from now on as requested."""
+        """Treat an end of the kernel from now on as requested."""
         # A death before the request may still be unread in the keeper's socket. Report that one.
         if self.sandbox is not None and self.sandbox.exit is None and self.on_limit is None:
             self.sandbox.process_messages()

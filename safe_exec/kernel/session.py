@@ -90,7 +90,7 @@ class Manager(AsyncKernelManager):  # type: ignore[misc]
     # kernel has no descriptor left at that moment, its libzmq aborts it (``ipc_listener.cpp``). The
     # client's own control channel suffices, and it connects before the first cell.
     def _connect_control_socket(self) -> None:
-        """Do not connect."""
+        """Do nothing: ``KernelSession`` connects the control channel."""
 
     def take_on(self, launched: LaunchedKernel) -> None:
         """Load the spec and connection of a kernel that was started without this manager."""
@@ -104,11 +104,11 @@ class SessionRequest(Struct, frozen=True, kw_only=True):
     """The kernel to start, its place and its limits.
 
     ``on_limit`` is called on a watchdog's thread. ``answers`` reply to `input()`; without them a
-    headless kernel declines to ask. ``reads_native`` has the native stack read at a fatal fault,
-    ``with_locals`` with its variables. ``allocations`` only in a trial that looks for the holders
-    of memory, ``forks`` only for a kernel that answers the culprit search in forks. An interactive
-    kernel has the ``key`` of its client's connection file, and the client's ``arguments`` after its
-    command.
+    headless kernel declines to ask. With ``reads_native`` the native stack is read at a fatal
+    fault, with ``with_locals`` its variables too. ``allocations`` only in a trial that looks for
+    the holders of memory, ``forks`` only for a kernel that answers the culprit search in forks. An
+    interactive kernel has the ``key`` of its client's connection file, and the client's
+    ``arguments`` after its command.
     """
 
     kernel_name: str
@@ -334,7 +334,7 @@ class KernelSession:
             loop.add_reader(self.agent_channels.facts.fileno(), self.take_facts)
 
     def _prepare_native(self) -> None:
-        """Have the kernel held at a fatal fault, if its native stack can be read then."""
+        """Let the keeper hold the kernel at a fatal fault, if its native stack can be read."""
         if has_pystack():
             self.sandbox.hold_at_fault(native_stack.BUDGET_SECONDS, self._on_dying)
         else:
@@ -449,7 +449,10 @@ class KernelSession:
     async def _alive(
         self, connecting: Coroutine[Any, Any, Connection], deadline: float | None
     ) -> Connection:
-        """Await a connection. Raises KernelStartError if the kernel ends or time is up first."""
+        """Wait for a connection.
+
+        Raises KernelStartError if the kernel ends or the time is up first.
+        """
         attempt, death = asyncio.create_task(connecting), asyncio.create_task(self.died.wait())
         remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
         try:
@@ -468,7 +471,10 @@ class KernelSession:
         return None if self.limits.cell_output is None else self.limits.cell_output + MESSAGE_SLACK
 
     async def _request_kernel_info(self, kc: Any) -> dict[str, Any] | None:
-        """Send one kernel_info request; its reply if "idle" came over iopub too, else ``None``."""
+        """Send one kernel_info request.
+
+        Return its reply if iopub sent "idle" too, else ``None``.
+        """
         msg_id = kc.kernel_info()
         reply = await self._until(
             kc.shell_channel, lambda m: m["parent_header"].get("msg_id") == msg_id
@@ -524,7 +530,7 @@ class KernelSession:
                 asyncio.get_running_loop().remove_reader(channels.facts.fileno())
 
     def residue(self) -> dict[str, str]:
-        """Return C code's output on descriptors 1 and 2 that nobody had read at the death."""
+        """Return the output of C code that was in the pipes of descriptors 1 and 2 at the death."""
         page = self.page
         return self.agent_facts.residue(page.unread if page is not None else lambda _name: 0)
 
@@ -563,12 +569,12 @@ class KernelSession:
         return None if note is None or note.finished else self.agent_facts.index_of(note.cell)
 
     def at_work(self, number: int) -> bool | None:
-        """Whether the agent noted the start of a cell but no end; ``None`` for other kernels."""
+        """Whether a cell has begun and not ended by the agent's note; ``None`` without an agent."""
         page = self.page
         return None if page is None else number != 0 and not page.note().finished
 
     def subject(self, number: int) -> ObservedKernel:
-        """Return this kernel's parameters for ``observe``."""
+        """Return this kernel as ``activity.observe`` needs it."""
         sandbox = self.sandbox
         read_length = len(sandbox.fault_text)
 
@@ -622,7 +628,7 @@ class KernelSession:
 
     @property
     def kill_reason(self) -> TerminationReason | None:
-        """The reason of our decision to kill the kernel, which may still be alive."""
+        """The reason for which we decided to kill the kernel, which may still be alive."""
         return self.sandbox.kill_reason
 
     def process_count(self) -> ProcessCount | None:
@@ -635,7 +641,7 @@ class KernelSession:
             self.provisioner.watchdog.check()
 
     async def may_be_asked_to_end(self) -> bool:
-        """Whether the kernel lives and has exceeded no limit; its end is then a shutdown."""
+        """Whether the kernel lives and has exceeded no limit, so that it can be shut down."""
         if self.provisioner.watches:
             await asyncio.to_thread(self.provisioner.check_last)
         # The kernel may be dead without a message from the keeper so far. /proc shows it at once,

@@ -1,4 +1,4 @@
-"""Reads the shared page that the agent writes: places, samples, unsent output."""
+"""Reads the shared page that the agent writes: current line, samples, unsent output."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Page:
         )
 
     def request_stacks(self, wanted: bool) -> None:
-        """Ask the sampling thread for the stacks of all threads, or ask no more.
+        """Ask the sampling thread for the stacks of all threads, or withdraw the request.
 
         It answers like the fault handler.
         """
@@ -120,7 +120,7 @@ class Page:
         return self._sample(layout.SAMPLE_AT)
 
     def history(self) -> list[Sample]:
-        """The last samples, oldest first."""
+        """Return the last samples, oldest first."""
         size = layout.SAMPLE.size
         samples = [self._sample(layout.HISTORY_AT + n * size) for n in range(layout.HISTORY)]
         return sorted((s for s in samples if s.cell), key=lambda s: s.time)

@@ -80,7 +80,7 @@ class MessageReader:
 
     @property
     def buffered(self) -> tuple[int, int]:
-        """The number of unparsed bytes, and of bytes in waiting messages."""
+        """Return the number of unparsed bytes, and of bytes in waiting messages."""
         return len(self._inbox), self._waiting_bytes
 
     def add(self, data: bytes) -> None:
@@ -88,7 +88,7 @@ class MessageReader:
         self._inbox += data
 
     def space(self) -> memoryview | None:
-        """Return the unread rest of a large part, ``None`` if there is none."""
+        """Return the buffer for the missing bytes of a large part, ``None`` if there is none."""
         return None if self._body is None else memoryview(self._body)[self._filled :]
 
     def filled(self, count: int) -> None:

@@ -62,7 +62,7 @@ def of_mapping(walls: Mapping[Any, object], error_prefix: str) -> dict[str, Any]
 def _changes(
     plain: Mapping[Any, object], place: Callable[[Any, int | None], str], *, section: str = ""
 ) -> dict[str, Any]:
-    """Return the values by field name. ``place`` locates a key or one of its items."""
+    """Return the values by field name. ``place`` names a key, or one of its items, in errors."""
     keys: dict[str, Any] = {}
     for key in plain:
         # Both spellings are valid, as for limits.

@@ -287,8 +287,9 @@ def cell_limits(
 ) -> tuple[Limits, tuple[str, ...]]:
     """Return the limits of one cell, with a warning for each ignored value. Raises LimitsError.
 
-    A cell may tighten :data:`CELL_LIMITS`. It may loosen them under the profile ``default`` only,
-    its timeout also as far as ``safe-exec.yaml`` allows, and never override an option. ``error_prefix`` names notebook and cell.
+    A cell may tighten :data:`CELL_LIMITS`. Under the profile ``default`` it may loosen them too,
+    and where ``safe-exec.yaml`` allows it, its timeout. It never overrides an option.
+    ``error_prefix`` names notebook and cell.
     """
     cell_settings = _own_limits(cell_metadata, error_prefix)
     # Nearly every cell has none.
@@ -327,7 +328,7 @@ def cell_limits(
 
 
 def _is_within(seconds: Figure, longest: float | None) -> bool:
-    """Tell whether a notebook's own cell timeout is one that its project allows."""
+    """Tell whether the project allows a notebook to set this cell timeout."""
     return seconds is not None and longest is not None and seconds <= longest
 
 

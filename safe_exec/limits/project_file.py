@@ -29,7 +29,7 @@ PROJECT_FILE = "safe-exec.yaml"
 
 
 class ProjectLimits(Struct, frozen=True, kw_only=True):
-    """The entry of a project file for one notebook: a shipped profile or none, and limits.
+    """The entry of a project file for one notebook: a shipped profile, if any, and limits.
 
     Up to ``longest_cell_timeout``, in seconds, the notebook may set its cell timeouts itself.
     """

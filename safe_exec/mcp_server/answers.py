@@ -144,7 +144,7 @@ def _code(line: str | None) -> str | None:
 
 
 def explanation(verdict: Verdict) -> Explanation:
-    """A verdict with its stack, figures and limits."""
+    """Return a verdict with its stack, figures and limits."""
     frames = verdict.crash_cell.stack if verdict.crash_cell is not None else ()
     return Explanation(
         verdict=short_verdict(verdict),
@@ -172,7 +172,7 @@ def explanation(verdict: Verdict) -> Explanation:
 
 
 def cell_result(outputs: Sequence[Mapping[str, Any]]) -> CellResult:
-    """The result of a cell that ran, from the outputs of its notebook node."""
+    """Return the result of a cell that ran, from the outputs of its notebook node."""
     error = next((o for o in outputs if o.get("output_type") == "error"), None)
     text = "".join(_texts(outputs))
     return CellResult(
@@ -200,7 +200,7 @@ def _error_text(error: Mapping[str, Any]) -> str:
 
 
 def shorten(text: str) -> str:
-    """Cut the middle out of a long text; its beginning and its end say most."""
+    """Cut the middle out of a long text."""
     if len(text) <= MOST_OUTPUT:
         return text
     half = MOST_OUTPUT // 2

@@ -57,14 +57,14 @@ class Notebooks:
         return await self._call(work)
 
     def verdict(self, path: str) -> Verdict:
-        """The verdict of the last run of a notebook. Raises UsageError."""
+        """Return the verdict of the last run of a notebook. Raises UsageError."""
         verdict_path = notebook.default_outputs(self._settings.notebook(path)).verdict
         if not verdict_path.exists():
             raise UsageError(f"{path}: it has no verdict yet; call run_notebook first")
         return read_verdict(verdict_path)
 
     async def close(self) -> None:
-        """Stop all runs and wait until nothing of them is left."""
+        """Stop all runs and wait until their processes have ended."""
         for cancellation in self._runs.values():
             cancellation.arrive(signal.SIGTERM)
         await asyncio.gather(*self._runs, return_exceptions=True)

@@ -133,7 +133,7 @@ class Sandbox:
     # --- the last diagnosis ----------------------------------------------------------------------
 
     def _diagnosed_session(self) -> SessionFacts | None:
-        """The session, if a cell was diagnosed since the last call."""
+        """Return the session, if a cell was diagnosed since the last call."""
         # The recording lies outside of the sandbox. The kernel can forge the error in a cell, but
         # not a diagnosis there.
         former = self._session
@@ -143,11 +143,11 @@ class Sandbox:
         return self._session if self._session.diagnoses > former.diagnoses else None
 
     def notebook(self) -> Path:
-        """The notebook of a session with a diagnosis. Raises UsageError."""
+        """Return the notebook of a session with a diagnosis. Raises UsageError."""
         return _notebook_of(self._session)
 
     def verdict(self) -> Verdict:
-        """The last diagnosis. Raises UsageError."""
+        """Return the last diagnosis. Raises UsageError."""
         return _verdict_of(self._session)
 
     # --- the end ----------------------------------------------------------------------------------

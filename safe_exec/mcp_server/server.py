@@ -98,10 +98,10 @@ def build_server(settings: Settings) -> MCPServer:
             bool, Field(description="First replace the kernel; all variables are lost.")
         ] = False,
     ) -> SandboxAnswer:
-        """Run cells in the persistent sandbox until one fails; variables stay until the kernel dies.
+        """Run cells in the persistent sandbox until one fails.
 
-        Files that cells write are visible to later cells. If kernel_died, the next call gets a fresh
-        kernel without any variables, and verdict says why.
+        Variables stay until the kernel dies. Files that cells write are visible to later cells. If
+        kernel_died, the next call gets a fresh kernel without any variables, and verdict says why.
         """
         return await _answer(sandbox.run(cells, restart=restart))
 
@@ -153,7 +153,7 @@ def _tool_errors() -> Any:
 
 
 def _progress(ctx: Context) -> EventSink:
-    """A sink that reports each cell; clients may extend their timeouts at each report."""
+    """Return a sink that reports each cell; clients may extend their timeouts at each report."""
     total: float | None = None
     count = 0
     reports: set[asyncio.Task[None]] = set()

@@ -1,6 +1,6 @@
-"""The choices of the person who starts the server: the folder, the limits, the kernel.
+"""The settings of the server: the folder, the limits, the kernel.
 
-Agents cannot change any of it.
+The person who starts the server chooses them; agents cannot change them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     """The options of ``safe-exec mcp``.
 
     ``folder`` is absolute and without symlinks; notebooks outside of it are refused. ``limits``
-    names a profile or a file, ``figures`` and ``walls`` override parts of it. ``arguments`` say the
-    same as options of ``safe-exec kernel``. ``kernel`` is the sandbox's.
+    names a profile or a file, ``figures`` and ``walls`` override parts of it. ``arguments`` are the
+    equivalent options of ``safe-exec kernel``. ``kernel`` is the kernel of ``run_cells``.
     """
 
     folder: Path
@@ -30,7 +30,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     kernel: str = "python3"
 
     def notebook(self, path: str) -> Path:
-        """The notebook that an agent names, relative to the folder. Raises UsageError."""
+        """Return the path of a notebook that an agent named, relative to the folder.
+
+        Raises UsageError.
+        """
         # Resolved first: a symlink must not lead out of the folder.
         full = (self.folder / path).resolve()
         if not full.is_relative_to(self.folder):

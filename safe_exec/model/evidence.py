@@ -294,7 +294,7 @@ class ProcessCount(Struct, frozen=True, kw_only=True):
 
     @property
     def full(self) -> bool:
-        """Whether no further process is allowed, and none was granted if refusals are counted."""
+        """Whether the limit is used up, and a process was refused if refusals are counted."""
         tasks, allowed = self.of_user or (self.tasks, self.allowed)
         return tasks >= allowed and self.refused != 0
 

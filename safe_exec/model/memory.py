@@ -1,4 +1,4 @@
-"""Types on the memory of a run: its holders, and the lines that allocated it. Sizes are bytes."""
+"""Types for the memory of a run: its holders, and the lines that allocated it. Sizes are bytes."""
 
 from __future__ import annotations
 
@@ -26,20 +26,23 @@ class CensusSite(Struct, frozen=True, kw_only=True):
 
 
 class CensusLine(Struct, frozen=True, kw_only=True):
-    """Memory that one stack of lines allocated and that is still there, innermost line first."""
+    """Memory that one stack of lines allocated and that is still in use.
+
+    The innermost line is first.
+    """
 
     bytes: int
     sites: tuple[CensusSite, ...]
 
 
 class Census(Struct, frozen=True, kw_only=True):
-    """The holders of the kernel's memory at one moment, by the kernel's word.
+    """The holders of the kernel's memory at one moment, as claimed by the kernel.
 
     ``cell`` is the index of the cell at whose end, or during which, it was taken; ``None`` before
     the first cell. ``memory`` is the memory of the kernel process then, ``total`` the sum over all
-    holders, also those without a row. ``finished``: all holders were looked at;
-    ``complete``: and every object was counted, none stood for others. ``settled``: no cell
-    ran, so no local variable existed. ``lines`` are those that allocated memory.
+    holders, also those without a row. ``finished``: all holders were measured. ``complete``: every
+    object was counted, none was estimated from others. ``settled``: no cell ran, so no local
+    variable existed. ``lines`` are those that allocated memory.
     """
 
     cell: int | None
@@ -85,7 +88,7 @@ class CallSite(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class AllocationLine(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A line of a code cell, and the bytes that it allocated and that were there at the end.
+    """A line of a code cell, and the bytes allocated by it that were still in use at the end.
 
     ``callers`` are the lines of cells that led to it, the nearest first.
     """
@@ -100,10 +103,10 @@ class AllocationLine(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class MemoryUse(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The holders of memory in a run that came near its limit, the largest first.
 
-    ``peak_bytes`` was measured outside. ``attributed_bytes`` is the part that the holders had,
-    ``native_bytes`` the part of the kernel process that no Python object held. What is left of the
-    peak is not attributed. ``complete``: no figure is an estimate. ``recording_error``: why the
-    lines are from samples although memray was to record all allocations.
+    ``peak_bytes`` was measured outside. ``attributed_bytes`` is the part of the holders,
+    ``native_bytes`` the part of the kernel process that no Python object held; the rest of the peak
+    is not attributed. ``complete``: no figure is an estimate. ``recording_error``: the reason if
+    memray's recording failed, so that the lines come from samples.
     """
 
     peak_bytes: Count | None

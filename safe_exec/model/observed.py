@@ -1,4 +1,4 @@
-"""Observations in /proc: the sandbox's processes, locks on files, and the kernel's own limits."""
+"""Types for observations in /proc: the sandbox's processes, file locks, the kernel's own limits."""
 
 from __future__ import annotations
 

@@ -267,7 +267,7 @@ class Culprits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class FailureRecord(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One of several failures of a run that went on after each of them."""
+    """One of several failures of a run with ``--keep-going``."""
 
     status: Status
     cause: Cause | None
@@ -297,8 +297,8 @@ class Timeline(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class ProfileLine(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The time that a line of a code cell took, estimated from samples.
 
-    ``own_seconds`` were spent in the line itself, ``seconds`` also in functions that it called, as
-    far as these were defined in cells.
+    ``own_seconds`` were spent in the line itself; ``seconds`` include functions defined in cells
+    that it called.
     """
 
     code_index: Count

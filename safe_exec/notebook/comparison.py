@@ -49,12 +49,12 @@ _HASH_WIDTH, _HASH_HEIGHT = 9, 8
 
 
 class ComparisonRules(Struct, frozen=True, kw_only=True):
-    """How outputs are compared.
+    """The rules by which outputs are compared.
 
     ``lax``: only cells marked NBVAL_CHECK_OUTPUT. ``sanitizers`` are patterns with replacements,
-    applied to both sides in order. ``tolerance`` is the relative and absolute difference up to which
-    numbers are equal. ``image_distance`` is the number of bits, of 64, in which the perceptual hashes
-    of two images may differ; ``None``: images are not compared.
+    applied to both sides in order. ``tolerance`` is the relative and absolute difference up to
+    which numbers are equal. ``image_distance`` is the number of bits, of 64, in which the
+    perceptual hashes of two images may differ; ``None``: images are not compared.
     """
 
     lax: bool = False
@@ -63,7 +63,7 @@ class ComparisonRules(Struct, frozen=True, kw_only=True):
     image_distance: int | None = None
 
     def as_dict(self) -> dict[str, object]:
-        """The rules as JSON values."""
+        """Return the rules as JSON values."""
         return {
             "lax": self.lax,
             "sanitizers": [[pattern.pattern, text] for pattern, text in self.sanitizers],
@@ -73,7 +73,10 @@ class ComparisonRules(Struct, frozen=True, kw_only=True):
 
 
 class Markers(Struct, frozen=True, kw_only=True):
-    """The options that a cell's comments and tags set; ``check`` is ``None`` where they say nothing."""
+    """The options that a cell's comments and tags set.
+
+    ``check`` is ``None`` if none of them sets it.
+    """
 
     check: bool | None = None
     raises: bool = False
@@ -81,7 +84,10 @@ class Markers(Struct, frozen=True, kw_only=True):
 
 
 class Difference(Struct, frozen=True, kw_only=True):
-    """One kind of output that differs. ``lines`` show how, stored lines with ``-``, new ones with ``+``."""
+    """One kind of output that differs.
+
+    ``lines`` are a diff: stored lines with ``-``, new ones with ``+``.
+    """
 
     kind: str
     summary: str
@@ -92,7 +98,10 @@ class Difference(Struct, frozen=True, kw_only=True):
 
 
 def markers(cell: Any) -> Markers:
-    """The options of a cell. A comment wins over a tag, and the last of several over the others."""
+    """Return the options of a cell.
+
+    A comment overrides a tag, and the last of several the others.
+    """
     options: dict[str, bool] = {}
     tags = cell.metadata.get("tags", ())
     for tag in tags if isinstance(tags, Sequence) else ():
@@ -107,7 +116,10 @@ def markers(cell: Any) -> Markers:
 
 
 def read_sanitizers(path: Path) -> tuple[tuple[re.Pattern[str], str], ...]:
-    """Pairs of lines ``regex: ...`` and ``replace: ...``, as in nbval's files. Raises UsageError."""
+    """Read pairs of lines ``regex: ...`` and ``replace: ...``, as in nbval's files.
+
+    Raises UsageError.
+    """
     text = read_regular(path, most=_MOST_BYTES, error=UsageError).decode(errors="replace")
     sanitizers: list[tuple[re.Pattern[str], str]] = []
     pattern: re.Pattern[str] | None = None
@@ -141,7 +153,7 @@ def _compiled(text: str, place: str) -> re.Pattern[str]:
 def differences(
     stored: Any, outputs: Sequence[Any], rules: ComparisonRules
 ) -> tuple[Difference, ...]:
-    """The kinds in which a cell's new outputs differ from the stored cell's.
+    """Return the kinds of output in which a cell's new outputs differ from the stored ones.
 
     A cell that was stored without an execution count was never run: it is not compared, and differs
     if it has outputs nevertheless.
@@ -165,7 +177,7 @@ def differences(
 def compare_notebooks(
     stored: Any, new: Any, indexes: Iterable[int], rules: ComparisonRules
 ) -> tuple[OutputDifference, ...]:
-    """All differences between the outputs of two notebooks, in the cells at ``indexes``."""
+    """Return all differences between the outputs of two notebooks, in the cells at ``indexes``."""
     code_indexes = {index: number for number, (index, _) in enumerate(_code(stored))}
     return tuple(
         OutputDifference(
@@ -212,7 +224,7 @@ def _text(value: Any) -> str:
 
 
 def _as_shown(text: str) -> str:
-    """The text that a terminal shows, without the parts that backspaces and carriage returns overwrote."""
+    """Return the text as a terminal shows it, after backspaces and carriage returns."""
     previous_text = None
     while previous_text != text:
         previous_text, text = text, _ERASED.sub("", text)
@@ -255,7 +267,7 @@ def _equal(kind: str, old: str, new: str, rules: ComparisonRules) -> bool:
 
 
 def _close(old: str, new: str, tolerance: float) -> bool:
-    """Whether two texts are equal but for numbers that are nearly so. The width of columns may differ."""
+    """Whether texts differ only in column widths, and in numbers within the tolerance."""
     if " ".join(_NUMBER.sub("#", old).split()) != " ".join(_NUMBER.sub("#", new).split()):
         return False
     pairs = zip(_NUMBER.findall(old), _NUMBER.findall(new), strict=True)
@@ -280,10 +292,11 @@ def _clipped(lines: list[str]) -> tuple[str, ...]:
 
 
 def image_distance(one: str, other: str) -> int | None:
-    """Bits, of 64, in which the difference hashes of two images differ; ``None`` if one is no image.
+    """Return how many of 64 bits of two images' hashes differ; ``None`` if one is no image.
 
-    Both are base64. Each bit says whether a pixel of the image, shrunk to 9 x 8 grey ones, is
-    brighter than its neighbour. Raises UsageError if Pillow is not installed.
+    Both images are base64. Each bit of the difference hash says whether a pixel of the image,
+    shrunk to 9 x 8 grey pixels, is brighter than its neighbour. Raises UsageError if Pillow is not
+    installed.
     """
     hashes = [_difference_hash(text) for text in (one, other)]
     if hashes[0] is None or hashes[1] is None:
@@ -292,12 +305,12 @@ def image_distance(one: str, other: str) -> int | None:
 
 
 def cells_to_skip(node: Any) -> frozenset[int]:
-    """Indexes of the code cells that the notebook marks NBVAL_SKIP."""
+    """Return the indexes of the code cells that the notebook marks NBVAL_SKIP."""
     return frozenset(index for index, cell in _code(node) if markers(cell).skip)
 
 
 def cells_that_may_raise(node: Any) -> frozenset[int]:
-    """Indexes of the code cells that the notebook marks NBVAL_RAISES_EXCEPTION."""
+    """Return the indexes of the code cells that the notebook marks NBVAL_RAISES_EXCEPTION."""
     return frozenset(index for index, cell in _code(node) if markers(cell).raises)
 
 

@@ -1,4 +1,4 @@
-"""The values and the choice of cells with which a run changes its notebook before it starts."""
+"""The changes that a run makes to its notebook before it starts: parameters and selected cells."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class StdinFile(Struct, frozen=True, kw_only=True):
 
 
 def read_stdin(path: Path) -> StdinFile:
-    """Read the answers to ``input()``, one a line. Raises UsageError."""
+    """Read the answers to ``input()``, one per line. Raises UsageError."""
     data = read_regular(path, most=_MOST_STDIN_BYTES, error=UsageError)
     text = data.decode(errors="replace")
     return StdinFile(path=str(path.absolute()), lines=tuple(text.splitlines()))
@@ -83,7 +83,7 @@ class NotebookInputs(Struct, frozen=True, kw_only=True):
 
 
 class Applied(NamedTuple):
-    """The notebook that runs, the indexes of code cells that it leaves out, and warnings."""
+    """The changed notebook, the indexes of the code cells that do not run, and warnings."""
 
     node: Any
     skipped: frozenset[int]

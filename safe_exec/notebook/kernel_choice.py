@@ -13,7 +13,7 @@ PREFERRED = ("python3", "ir", "bash")
 
 
 class KernelFallback(StrEnum):
-    """Whether another kernel of the same language runs a notebook whose own is not installed."""
+    """Whether another kernel of the language may run a notebook whose own is not installed."""
 
     LANGUAGE = "language"
     NEVER = "never"
@@ -28,7 +28,7 @@ def kernel_fallback(text: str) -> KernelFallback:
 
 
 class KernelChoice(NamedTuple):
-    """The kernel that runs a notebook, and a warning if it is another than the notebook names."""
+    """The kernel that runs a notebook, and a warning if the notebook names another one."""
 
     name: str
     warning: str | None = None

@@ -31,7 +31,7 @@ class Language(NamedTuple):
 
 
 class Notation(NamedTuple):
-    """How a language writes values. ``nan`` to ``minus_infinity`` are floats that are not finite."""
+    """The literals of a language. ``nan`` to ``minus_infinity`` are floats that are not finite."""
 
     none: str
     true: str

@@ -108,7 +108,7 @@ class OutputPaths(NamedTuple):
 
 
 class Scan(Struct, frozen=True, kw_only=True):
-    """The metadata of a notebook that was not validated as a whole yet.
+    """The metadata of a notebook, read before the whole notebook is validated.
 
     ``cells`` exclude our banners.
     """
@@ -313,7 +313,7 @@ def _upgraded(document: Any, version: tuple[int, int], path: Path) -> NotebookNo
 
 
 def _assign_ids(node: NotebookNode, seed: str) -> None:
-    """Give cells the ids that nbformat's reader would, but never random ones."""
+    """Give ids to the cells for which nbformat's reader would make up random ones."""
     # From nbformat 4.5 on ids are valid and unique; before, there are none.
     used_ids: set[str] = set()
     for index, cell in enumerate(node.cells):
@@ -384,8 +384,8 @@ def strip_annotations(node: NotebookNode) -> NotebookNode:
 def is_banner(cell: Mapping[str, Any]) -> bool:
     """Tell whether safe-exec wrote this cell: it has our tag and the role of a banner.
 
-    In older files the role may be a result, in a place where only banners have one. The tag alone
-    says nothing: a user may tag a cell so, and a result is added to its metadata when it runs.
+    In older files a Markdown cell with our tag and a result is a banner, since only banners and
+    code cells have results. The tag alone is no proof: a user may give it to any cell.
     """
     ours = _section(cell["metadata"], METADATA_KEY)
     if BANNER_TAG not in _tags(cell):

@@ -1,4 +1,4 @@
-"""The form in which an executed notebook is written: where, and with how much of the run in it."""
+"""The form in which an executed notebook is written: its path, and which traces of the run stay."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def on_failure(text: str) -> OnFailure:
 
 
 class OutputForm(Struct, frozen=True, kw_only=True):
-    """How an executed notebook is written.
+    """The form in which an executed notebook is written.
 
     ``in_place``: over the notebook itself, after a failure only with ``on_failure`` WRITE.
     ``clean_metadata``: without times, figures and other traces of the run. ``no_output``: without

@@ -1,8 +1,8 @@
-"""Parameters of a notebook: the cell that sets them, and the ones that a notebook declares.
+"""Parameters of a notebook: those that it declares, and the cell that sets the values of a run.
 
 The rules are papermill's, so that both run a notebook alike. The cell with the tag ``parameters``
-holds the defaults. The values of a run go into a cell with the tag ``injected-parameters``: in the
-place of one that is there, otherwise below the defaults, otherwise at the top.
+holds the defaults. The values of a run go into a cell with the tag ``injected-parameters``. It
+replaces an existing one; otherwise it is inserted below the defaults, or at the top.
 """
 
 from __future__ import annotations
@@ -63,10 +63,7 @@ class Injected(NamedTuple):
 
 
 def typed(text: str) -> Value:
-    """Convert a command line's text.
-
-    True, False, None, an integer, a number, or the text itself.
-    """
+    """Convert a text of the command line to a boolean, ``None`` or a number if it is one."""
     if text in _KEYWORDS:
         return _KEYWORDS[text]
     # An integer is also a valid float, so it must be tried first.

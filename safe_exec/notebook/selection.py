@@ -22,10 +22,11 @@ class Skipped(NamedTuple):
 
 
 def skipped_cells(node: Any, selection: CellSelection) -> Skipped:
-    """The code cells that the selection leaves out.
+    """Return the code cells that the selection leaves out.
 
-    A misspelt tag would run everything or nothing, and pass: a tag to skip that no cell has is a
-    warning. Raises UsageError if no cell has any of ``only_tags``, and for a last cell that is not there.
+    With a misspelt tag everything or nothing would run, and pass. So a tag to skip that no cell has
+    is a warning. Raises UsageError if no cell has any of ``only_tags``, and for a last cell that
+    does not exist.
     """
     code = [(index, cell) for index, cell in enumerate(node.cells) if cell.cell_type == "code"]
     tags = sorted({tag for _, cell in code for tag in _tags(cell)})

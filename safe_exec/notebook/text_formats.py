@@ -112,7 +112,7 @@ def _decode(data: bytes) -> str:
 
 
 def file_lines(data: bytes, cells: Sequence[Mapping[str, Any]]) -> list[tuple[int, ...]]:
-    """Return the line in the text of each line of each cell, from 1; empty if not found.
+    """Return, for each line of each cell, its line in the text, from 1; empty if not found.
 
     ``cells`` are those of the whole notebook, in order.
     """

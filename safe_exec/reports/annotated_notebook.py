@@ -79,7 +79,7 @@ def annotate(
 
 
 def _copied(node: NotebookNode) -> NotebookNode:
-    """Copy a notebook or cell: the metadata and the list of outputs, but not the outputs."""
+    """Copy a notebook or cell with its metadata and its list of outputs; the outputs are shared."""
     # Not deepcopy: outputs may be large, or nested too deeply to recurse.
     copied = copy.copy(node)
     copied.metadata = copy.copy(node.metadata)
@@ -337,7 +337,7 @@ def _paragraphs(verdict: Verdict) -> Iterator[str]:
 
 
 def _further_failures(verdict: Verdict) -> Iterator[str]:
-    """Yield the failures after the first one, and the cells that they kept from running."""
+    """Yield the failures after the first one, and the cells that could not run because of them."""
     for other in verdict.each_failure()[1:]:
         yield _other_failure(other)
     skipped = common.skipped_reasons(verdict)

@@ -83,7 +83,7 @@ class EventLog:
 
 
 def line_of(event: Event) -> bytes:
-    """The line of one event: ``{"event": "cell_started", "time": 0.42, ...}`` and a newline."""
+    """Return an event as a line: ``{"event": "cell_started", "time": 0.42, ...}`` and a newline."""
     return json_text.line(event)
 
 

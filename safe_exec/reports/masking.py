@@ -60,7 +60,7 @@ _KINDS: tuple[type[Enum], ...] = (
     Activity, CauseKind, CellStatus, Confidence, LimitName, Mechanism, Role, Status, TerminationReason,
 )  # fmt: skip
 _OURS = frozenset(str(item.value) for kind in _KINDS for item in kind)
-"""Words that reports consist of."""
+"""Words that reports use themselves, which are never masked."""
 
 _KEPT = frozenset(
     {

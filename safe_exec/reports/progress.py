@@ -1,8 +1,8 @@
 """Show progress on the terminal while a notebook runs.
 
 On a terminal one line is redrawn in place; elsewhere plain lines are written. Progress goes to
-standard error, so that standard output holds the diagnosis alone. rich is imported only if there is
-a terminal, because importing it takes longer than running a small notebook.
+standard error, so that standard output holds the diagnosis alone. rich is imported only for a
+terminal, because importing it takes longer than running a small notebook.
 """
 
 from __future__ import annotations
@@ -181,16 +181,17 @@ class Situation:
         return f"{self.cell_of(self.cell.code_index)}  {first_line(self.cell.source)}"
 
     def figures(self, since: float = 0.0) -> str:
-        """Describe time, memory and processors of the running cell, as far as they were measured.
+        """Describe time, memory and processors of the running cell.
 
-        During a search it is the time spent; ``since`` is the time since the last event in seconds.
+        Unmeasured figures are left out. During a search it is the time spent. ``since`` is the time
+        since the last event in seconds.
         """
         if self.search is not None:
             return self.search.elapsed(self.time + since) if self.search.running else ""
         return "  ".join(part for part in (format_seconds(self.elapsed()), self.usage()) if part)
 
     def usage(self) -> str:
-        """Describe memory and processors of the running cell, as far as they were measured."""
+        """Describe memory and processors of the running cell; unmeasured figures are left out."""
         parts = [self._memory()]
         if self.cpu_share is not None:
             parts.append(f"cpu {self.cpu_share:.0%}")

@@ -1,7 +1,7 @@
-"""The JSON Schemas that ship, made from the types: ``python -m safe_exec.reports.schemas`` writes them.
+"""Makes the JSON Schemas from the types; ``python -m safe_exec.reports.schemas`` writes them.
 
-msgspec knows keys, types and bounds from the annotations. What no annotation can say is laid over
-that here: descriptions, ties between fields, and keys that documents of earlier versions lack.
+msgspec knows keys, types and bounds from the annotations. This module adds descriptions, rules that
+connect fields, and the keys that documents of earlier versions lack.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ RULES: Mapping[str, list[dict[str, Any]]] = {
         }
     ],
 }
-"""Ties between fields."""
+"""Rules that connect fields, by the name of their type."""
 
 
 def verdict_schema() -> dict[str, Any]:
@@ -150,7 +150,7 @@ def verdict_schema() -> dict[str, Any]:
 
 
 def summary_schema() -> dict[str, Any]:
-    """The schema of a batch's summary."""
+    """Return the JSON Schema of ``summary.json``."""
     schema = _schema(
         Summary,
         SUMMARY_SCHEMA,
@@ -203,7 +203,7 @@ FILES = {
 
 
 def text_of(schema: Mapping[str, Any]) -> str:
-    """A schema as its file holds it."""
+    """Return a schema as the text of its file."""
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 

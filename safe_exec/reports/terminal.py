@@ -1,4 +1,4 @@
-"""Print the diagnosis of a run, and find out the abilities of a stream.
+"""Print the diagnosis of a run, with the width, colours and characters that a stream supports.
 
 The diagnosis goes to standard output; ``progress`` writes to standard error before it.
 """
@@ -128,7 +128,7 @@ def diagnosis(verdict: Verdict, style: Style) -> Iterator[str]:
 
 
 def _other_failure(verdict: Verdict, style: Style) -> Iterator[str]:
-    """Yield a further failure of the run: less than of the first, which decides the status."""
+    """Yield a further failure of the run, in fewer lines than the first one."""
     yield f"{style.paint('bad', '✗')} {style.paint('bold', common.headline(verdict))}"
     yield from _crash_line(verdict, style)
     yield from _culprits(verdict, style)

@@ -28,18 +28,21 @@ class _Header(msgspec.Struct):
 
 
 def to_document(verdict: Verdict) -> dict[str, Any]:
-    """The verdict as plain JSON values, in the order of the contract."""
+    """Return the verdict as plain JSON values, in the documented order."""
     document: dict[str, Any] = json_text.plain(verdict)
     return document
 
 
 def dumps(verdict: Verdict) -> bytes:
-    """The document as UTF-8 text with a final newline; never a NaN, never a lone surrogate."""
+    """Return the document as UTF-8 text with a final newline, without NaN and lone surrogates."""
     return json_text.document(verdict)
 
 
 def loads(data: bytes) -> Verdict:
-    """The verdict in the text of a document. Raises ValueError, one line that names the problem."""
+    """Read the verdict from the text of a document.
+
+    Raises ValueError, one line with the problem.
+    """
     try:
         _check_schema(msgspec.json.decode(data, type=_Header).schema)
         return msgspec.json.decode(data, type=Verdict)
@@ -48,7 +51,7 @@ def loads(data: bytes) -> Verdict:
 
 
 def from_document(document: Mapping[str, Any]) -> Verdict:
-    """The verdict in a document of plain values. Raises ValueError as :func:`loads` does."""
+    """Read the verdict from a document of plain values. Raises ValueError as :func:`loads` does."""
     try:
         _check_schema(msgspec.convert(document, _Header).schema)
         return msgspec.convert(document, Verdict)

@@ -1,1 +1,1 @@
-"""The sandbox of one kernel: mechanisms, folded into a plan that the keeper carries out."""
+"""The sandbox of one kernel: mechanisms make offers, and the keeper carries out the joint plan."""

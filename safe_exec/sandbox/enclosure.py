@@ -50,7 +50,7 @@ NO_WALL = Enforcement(by=Mechanism.NONE, hard=False)
 
 
 def homes() -> tuple[Path, ...]:
-    """Home directories: the user's own first, then those of others."""
+    """Return the home directories: the user's own first, then those of others."""
     # HOME and the user database can differ, under sudo for example. Hide both.
     own = [Path(os.environ["HOME"])] if os.path.isabs(os.environ.get("HOME", "")) else []
     with contextlib.suppress(KeyError):  # a user without an entry
@@ -70,7 +70,10 @@ def homes() -> tuple[Path, ...]:
 
 
 def interpreters(argv: Sequence[str], env: Mapping[str, str]) -> tuple[Path, ...]:
-    """The environments of the kernel and of safe-exec, and our package. Never a whole home."""
+    """Return the environments of the kernel and of safe-exec, and our package.
+
+    Never a whole home.
+    """
     ours = [Path(sys.prefix), Path(sys.base_prefix), Path(sys.exec_prefix)]
     wide = _wide()
     prefixes = [
@@ -80,7 +83,7 @@ def interpreters(argv: Sequence[str], env: Mapping[str, str]) -> tuple[Path, ...
 
 
 def visible(argv: Sequence[str], env: Mapping[str, str]) -> tuple[Path, ...]:
-    """The directories that a kernel needs: interpreters and their package directories."""
+    """Return the directories that a kernel needs: interpreters and their package directories."""
     linked = [
         path
         for prefix in (Path(sys.prefix), *_kernel_prefixes(argv, env))
@@ -135,7 +138,7 @@ PARTS = (
 
 
 def _wide() -> frozenset[Path]:
-    """Return directories that hold more than an environment."""
+    """Return the directories that are too general to open as a whole, such as /tmp and homes."""
     # With an interpreter at ``~/bin/python`` the prefix is the home itself, which must stay hidden.
     narrow = [
         *homes(),
@@ -199,7 +202,10 @@ def _linked(prefix: Path) -> list[Path]:
 
 
 def _named_in(module: Path) -> list[Path]:
-    """Return the existing absolute paths in a module's literals; a package for its __init__.py."""
+    """Return the existing absolute paths in a module's literals.
+
+    For ``__init__.py`` its package.
+    """
     # The module is parsed, not imported: its code belongs to the notebook's environment.
     try:
         tree = ast.parse(_text(module))
@@ -358,7 +364,7 @@ def _without_links(path: str) -> str:
 
 
 def _both_forms(path: str) -> tuple[str, str]:
-    """Return a path whose last part may be a link, and the path that it leads to."""
+    """Return a path with its parent's links resolved, and the same path with all links resolved."""
     plain = os.path.abspath(os.path.expanduser(path))
     return os.path.join(
         os.path.realpath(os.path.dirname(plain)), os.path.basename(plain)
@@ -366,7 +372,7 @@ def _both_forms(path: str) -> tuple[str, str]:
 
 
 def written_repository(isolation: Isolation, folder: Path, *, has_disk_limit: bool) -> Path | None:
-    """The repository around a folder, if isolation lets a notebook there write to it."""
+    """Return the repository around a folder, if isolation lets a notebook there write to it."""
     try:
         access = repository_access(
             settled(isolation), folder.resolve(), homes=homes(), has_disk_limit=has_disk_limit
@@ -485,7 +491,7 @@ def _all_but(closed: Sequence[str]) -> list[str]:
 
 
 def parts_beside(path: str, hidden: Sequence[str]) -> list[str]:
-    """Return the parts of a tree to open so that the hidden ones stay closed."""
+    """Return the parts of a tree that can be opened without opening a hidden one."""
     # A Landlock rule opens everything below its path and has no exceptions (landlock(7)). So open
     # the siblings of each hidden part instead.
     inner = [other for other in hidden if other != path and Path(other).is_relative_to(path)]

@@ -1,6 +1,6 @@
-"""Records the restrictions of a run and the places where its files are kept. Pure.
+"""Records the restrictions of a run, the places whose files are kept, and those whose are not.
 
-The keeper lists the files in the other places before they are discarded.
+Pure. The keeper lists the files in the latter before they are discarded.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def is_folder_kept(plan: SpawnPlan) -> bool:
 
 
 def _written_repository(paths: KernelPaths) -> list[str]:
-    """The repository if files written there are kept."""
+    """Return the repository, if files written there are kept."""
     access = paths.repository
     return (
         [str(access.root)] if access.root is not None and access.use is RepositoryUse.WRITE else []
@@ -135,7 +135,7 @@ OURS = ("home", "tmp", "disk", "c.json")
 
 
 def inside_places(plan: SpawnPlan, paths: KernelPaths) -> tuple[DiscardedPlace, ...]:
-    """Return the places that exist only inside bubblewrap: its file systems in memory."""
+    """Return the discarded places that exist only inside bubblewrap: its file systems in memory."""
     return tuple(
         place
         for path, kind in _own(plan, paths)
@@ -145,7 +145,7 @@ def inside_places(plan: SpawnPlan, paths: KernelPaths) -> tuple[DiscardedPlace, 
 
 
 def outside_places(plan: SpawnPlan, paths: KernelPaths) -> tuple[DiscardedPlace, ...]:
-    """Return the places that exist outside too: on the limited disk or beside the sockets."""
+    """Return the discarded places that exist outside: on the limited disk or beside the sockets."""
     if not plan.enclosed:
         return tuple(_beside_sockets(plan, paths))
     if not _has_disk(plan):

@@ -1,4 +1,7 @@
-"""Starts keepers; for a run that is certain, before anything else of ours is imported."""
+"""Starts keepers.
+
+``safe-exec run`` starts its keeper before it imports any other module of ours.
+"""
 
 from __future__ import annotations
 
@@ -130,7 +133,7 @@ def _start(
 
 
 class ForkServer:
-    """A context within which keepers are forked from one process. It can be nested."""
+    """A context manager; within it all keepers are forked from one process. It can be nested."""
 
     # Without pidfds (before Linux 5.3) it has no effect: a forked keeper is not our child, so only
     # a pidfd shows its end.
@@ -141,7 +144,7 @@ class ForkServer:
         return self
 
     def open(self) -> None:
-        """Start the process now, so that forks of this process share it. Raises OSError."""
+        """Start the fork server now, so that forks of the runner share it. Raises OSError."""
         global _fork_server  # noqa: PLW0603
         with _lock:
             if _fork_server is None and _has_pidfds():
@@ -173,7 +176,7 @@ def _has_pidfds() -> bool:
 
 
 def _fork_keeper(keeper_end: socket.socket, run_id: str, directory: str) -> bool:
-    """Have the fork server fork a keeper for a socket; false if there is none."""
+    """Let the fork server fork a keeper for a socket; false without a fork server."""
     global _fork_server  # noqa: PLW0603
     with _lock:
         try:
@@ -238,7 +241,7 @@ def prestart() -> None:
 
 
 def claim() -> KeeperProcess | None:
-    """Return the prestarted keeper, once."""
+    """Return the prestarted keeper; ``None`` if there is none, and from the second call on."""
     global _prestarted
     keeper, _prestarted = _prestarted, None
     return keeper

@@ -75,7 +75,7 @@ class Offer(Struct, frozen=True, kw_only=True):
 
 
 class SpawnPlan(Struct, frozen=True, kw_only=True):
-    """Everything that the keeper builds, and which mechanism enforces which limit.
+    """Everything that the keeper builds, and the mechanism of each limit and wall.
 
     ``mounts`` are made in the kernel's own mount namespace (keeper/mounts.py), with
     ``user_namespace`` in its own user namespace too. ``enclosed`` is the path of bubblewrap if the
@@ -103,7 +103,7 @@ class SpawnPlan(Struct, frozen=True, kw_only=True):
     keep_patterns: tuple[str, ...] = ()
 
     def cgroup_setup(self) -> protocol.CgroupSetup:
-        """Return the control groups as the message that tells the keeper to create them."""
+        """Return the control groups as the keeper's message describes them."""
         plan, delegation = self.cgroup, self.cgroup.delegation
         return protocol.CgroupSetup(
             delegation=None

@@ -132,7 +132,7 @@ REQUIRABLE: Mapping[str, LimitName | Wall] = {
 
 
 def requirable_name(item: LimitName | Wall) -> str:
-    """Return the name of a limit or wall that no other one has."""
+    """Return the name by which ``--require`` distinguishes a limit or wall from all others."""
     return next(name for name, other in REQUIRABLE.items() if other is item)
 
 

@@ -28,7 +28,10 @@ MOST_NICE = 19
 
 
 def nice_for(runnable: int, processors: int) -> int:
-    """The nice value with which a crowd of threads leaves time for others; 0 for no crowd."""
+    """Return the nice value at which so many runnable threads leave processor time for others.
+
+    0 if there are few threads.
+    """
     if runnable <= CROWD * processors:
         return 0
     return min(MOST_NICE, math.ceil(math.log(runnable / (ALL_WEIGH * processors), WEIGHT_STEP)))
@@ -43,7 +46,10 @@ class PriorityGuard:
         self._late_looks = 0
 
     def looked(self, late: float) -> int:
-        """Process a check that came ``late`` seconds late; the number of threads made nice."""
+        """React to a check that came ``late`` seconds late.
+
+        Return how many threads' nice value was raised.
+        """
         self._late_looks = self._late_looks + 1 if late > LATE_SECONDS else 0
         if self._late_looks < LATE_LOOKS:
             return 0
@@ -54,7 +60,7 @@ class PriorityGuard:
 
 
 def runnable_threads(root: int) -> list[int]:
-    """The running or runnable threads of a process's descendants."""
+    """Return the running or runnable threads of a process's descendants."""
     threads = []
     for pid in procfs.descendants(root):
         with contextlib.suppress(OSError):

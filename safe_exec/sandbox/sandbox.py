@@ -67,11 +67,10 @@ class WallSetup(Struct, frozen=True, kw_only=True):
 class KernelExit(Struct, frozen=True, kw_only=True):
     """The end of the kernel process, as the keeper observed it.
 
-    ``status`` is ``None`` if the keeper was killed before it could read it. ``at`` and
-    ``fault_at`` (when the fault handler began to report) are monotonic times. ``cpu_seconds``
-    covers the kernel process and the children it waited for; ``resident_peak`` is the largest
-    resident memory of one of them, in bytes. ``bursts`` are the ends of bursts of stderr text, each
-    with the time of its last piece.
+    ``status`` is ``None`` if the keeper was killed before it could read it. ``at`` and ``fault_at``
+    (when the fault handler began to report) are monotonic times. ``cpu_seconds`` covers the kernel
+    process and the children it waited for; ``resident_peak`` is the largest resident memory of one
+    of them, in bytes. ``bursts`` are the last pieces of text on stderr, each with its time.
     """
 
     status: ExitStatus | None
@@ -371,7 +370,7 @@ class Sandbox:
         return in_time
 
     def ask_to_end(self) -> bool:
-        """Note that the kernel will be asked to end; false if it is being killed already."""
+        """Record that the kernel will be asked to end; false if it is already being killed."""
         with self._decision_lock:
             self._is_ending = self.kill_reason is None
         return self._is_ending

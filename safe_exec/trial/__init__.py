@@ -1,6 +1,6 @@
 """One trial: a list of cells, run in a fresh kernel in a fresh sandbox.
 
-It gives facts, no opinions.
+Its result contains facts only, no interpretation.
 
 ``request`` defines the input and the result, ``state`` what the parts share during the run. ``run``
 leads from the start of the kernel to its end, ``cell_loop`` runs the cells, ``sampler`` measures

@@ -61,9 +61,10 @@ class Stop(Exception):  # noqa: N818 - no error: it leaves the run of cells
 
 
 class CellEnd(Struct, frozen=True, kw_only=True):
-    """The end of a cell before its bookkeeping; ``figures`` are those of ``MetricsRecorder.end``.
+    """The end of a cell that is not recorded yet.
 
-    ``disbelieved`` are the premature claims that the cell was done.
+    ``figures`` are arguments of ``MetricsRecorder.end``. ``disbelieved`` are the messages that
+    claimed the cell's end too early.
     """
 
     index: int
@@ -177,7 +178,7 @@ class CellLoop:
         return recognised and not execution.done()
 
     async def _wait(self, execution: asyncio.Future[Any], seconds: float | None) -> None:
-        """Wait for the end of the cell or of the run, but no longer than that."""
+        """Wait until the cell or the run ends, at most ``seconds``."""
         assert self._stop is not None
         await asyncio.wait(
             {execution, self._stop}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
@@ -194,7 +195,7 @@ class CellLoop:
         index: int,
         deadline: float | None,
     ) -> bool:
-        """Look at the cell now and then; tell whether it shows the known hang for long enough."""
+        """Observe the cell regularly; tell whether it has shown the known hang for long enough."""
         since: float | None = None
         began = time.monotonic()
         pause = FIRST_LOOK_SECONDS
@@ -332,7 +333,7 @@ class CellLoop:
         return None if self.session.died.is_set() else execution.done()
 
     def _retrieve(self, execution: asyncio.Future[Any]) -> CellError | None:
-        """Return the error with which an interrupted cell answered."""
+        """Return the error in the reply of an interrupted cell."""
         # This also retrieves the exception, so that asyncio does not report it as unhandled.
         if execution.done() and not execution.cancelled():
             execution.exception()
@@ -343,7 +344,7 @@ class CellLoop:
         return self._error_of(index) if index is not None and index in client.replies else None
 
     async def _judge(self, execution: asyncio.Future[Any], index: int) -> None:
-        """Record the result of a cell that has ended in one way or another."""
+        """Record the result of a cell that has ended or whose kernel has died."""
         await self._enforce_limits(execution, index)
         # A reply that arrived before the death still counts.
         if self.session.died.is_set() or not execution.done():
@@ -487,7 +488,7 @@ class CellLoop:
         return troubles[-1] if troubles else "the keeper failed"
 
     def _is_next(self, cell: int, index: int | None) -> bool:
-        """Whether ``index`` is the first cell that ran after ``cell``, or no other cell did."""
+        """Whether no cell after ``cell`` has started, except ``index``."""
         records = self.metrics.records.items()
         next_cells = [i for i, record in records if i > cell and record.started is not None]
         return next_cells == [] or (index is not None and next_cells == [index])
@@ -537,13 +538,13 @@ class CellLoop:
         return time.monotonic(), self.session.meter.read()
 
     def _end(self, index: int, status: CellStatus) -> None:
-        """Note and record the end of a cell after which none is sent."""
+        """Record the end of a cell at once, because no other cell follows."""
         self._record_last_end()
         self._unrecorded = self._note_end(index, status)
         self._record_last_end()
 
     def _note_end(self, index: int, status: CellStatus) -> CellEnd:
-        """Take the figures of a cell that has ended. The next cell changes them."""
+        """Take the figures of a cell that has ended, before the next cell changes them."""
         client = self.session.client
         return CellEnd(
             index=index,
@@ -554,7 +555,7 @@ class CellLoop:
         )
 
     def _record_last_end(self) -> None:
-        """Do the bookkeeping of the last cell that has ended, unless it is done."""
+        """Record the last cell that has ended, unless that was done before."""
         end, self._unrecorded = self._unrecorded, None
         if end is None:
             return

@@ -64,7 +64,7 @@ class Lookup:
         return mode is not None and stat.S_ISDIR(mode)
 
     def is_socket(self, path: str) -> bool:
-        """Whether it is a socket on which a program listens."""
+        """Whether the path is a socket on which a program listens."""
         mode = self._mode(path)
         return mode is not None and stat.S_ISSOCK(mode)
 
@@ -110,9 +110,9 @@ class Lookup:
 
 
 class Reach:
-    """The parts of the file system that an isolated kernel can reach.
+    """The access of an isolated kernel to each part of the file system.
 
-    The deepest directory decides.
+    For nested directories the deepest one decides.
     """
 
     def __init__(self, facts: IsolationFacts) -> None:
@@ -145,7 +145,7 @@ class Reach:
 
 
 class Sight(Struct, frozen=True, kw_only=True):
-    """The names as a cell sees them: relative to its working directory, and with the kernel's home.
+    """Resolves names as the cell does: relative to its working directory, with the kernel's home.
 
     ``cwd``, ``sys_path`` and ``search`` (PATH) are the kernel's claims; ``env`` is the environment
     outside. ``other_user``: the kernel runs as a user who owns nothing. ``r_version`` is the
@@ -179,10 +179,7 @@ class Sight(Struct, frozen=True, kw_only=True):
         return (self.env.get("R_LIBS_USER") or f"~/R/{system}/{version}",)
 
     def shown(self, name: str) -> str:
-        """Format a name in the kernel's own home with ``~``.
-
-        This home has another path in each run.
-        """
+        """Format a name with ``~`` for the kernel's own home, whose path differs in each run."""
         home = self.facts.home
         is_moved = home is not None and home != self.env.get("HOME")
         return (
@@ -351,7 +348,7 @@ class _Finder:
         return by_number or (need.may_write if need.writes is None else need.writes)
 
     def _unwritable(self, need: Need, real: str, access: Access) -> IsolationConflict | None:
-        """Return the conflict of a place that safe-exec may write to and the kernel may not."""
+        """Return the conflict if safe-exec may write to a place and the kernel may not."""
         exists, folder = self.lookup.exists(real), os.path.dirname(real)
         if not exists and need.number == errno.ENOENT and not self.lookup.is_directory(folder):
             # Outside its directory is missing, too.
@@ -369,7 +366,7 @@ class _Finder:
         )
 
     def _other_users(self, need: Need, real: str, access: Access) -> IsolationConflict | None:
-        """Return the conflict of a file that the user may read and the kernel's user may not."""
+        """Return the conflict if the user may read a file and the kernel's user may not."""
         refused = need.number in (errno.EACCES, errno.EPERM) and self.sight.other_user
         if not refused or self.lookup.is_for_others(real) or not self.lookup.may(real, os.R_OK):
             return None

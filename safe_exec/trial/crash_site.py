@@ -278,7 +278,7 @@ def _of_page(state: TrialState, index: int) -> CellLocation | None:
 
 
 def _of_single_line(state: TrialState, index: int) -> CellLocation | None:
-    """Locate the end in a cell of one line, whatever the kernel."""
+    """Locate the end in a cell of one line, which needs no facts from the kernel."""
     return (
         _only_line(state, index) if state.number_now() or not state.session.instrumented else None
     )

@@ -1,7 +1,7 @@
 """Collects the observations of a trial into one :class:`Evidence`, with the location in the cell.
 
-There are still no opinions here: each figure comes from the source nearest to the fact. May import
-kernel, state and model.
+It interprets nothing: each figure comes from its most direct source. May import kernel, state and
+model.
 """
 
 from __future__ import annotations

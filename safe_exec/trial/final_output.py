@@ -1,4 +1,4 @@
-"""Collects the last output of a dead kernel, in order and with its age.
+"""Collects the last output of a dead kernel, in order and with its age at the death.
 
 May import kernel and model.
 

@@ -1,4 +1,4 @@
-"""Finds a command in a cell's text that sends a signal, if the text is not Python code. Pure.
+"""Finds a command that sends a signal in a cell's shell or script code. Pure.
 
 The agent sees no audit events of such code.
 """

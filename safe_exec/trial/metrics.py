@@ -78,7 +78,7 @@ class MetricsRecorder:
         self.records[index] = replace(self.records[index], status=CellStatus.SKIPPED)
 
     def begin(self, index: int, moment: float, reading: Reading | None) -> None:
-        """Record the begin of a cell."""
+        """Record the start of a cell."""
         self._at_start = reading
         self.last_run = index
         # The memory at the start is a lower bound of the cell's peak.

@@ -166,13 +166,13 @@ _ANSI = lazy_pattern(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class Need(Struct, frozen=True, kw_only=True):
-    """One thing that was asked for and refused, as the cell named it.
+    """One thing that a cell asked for and was refused, as the cell named it.
 
     ``number`` is the error number. ``exact``: it is an attribute of the exception, or the only
-    thing that the refusal is about. ``writes``: it was to be written, if that is known;
-    ``may_write``: the source looks like it. ``line`` is the text that names it. ``cell`` is the
-    cell that named it, and ``in_output`` tells whether it did so in its output. ``remote``: the
-    exception was only being handled when another one ended the cell.
+    thing that the refusal is about. ``writes`` tells whether it was to be written, if that is
+    known; ``may_write`` is true if the source suggests it. ``line`` is the text that names it.
+    ``cell`` is the cell that named it, and ``in_output`` tells whether it did so in its output.
+    ``remote``: the exception was only being handled when another one ended the cell.
     """
 
     kind: NeedKind

@@ -18,7 +18,7 @@ _COLOURS = lazy_pattern(r"\x1b\[[0-9;]*m")
 
 
 def without_colours(text: str) -> str:
-    """A text without the sequences that colour it on a terminal."""
+    """Return a text without the escape sequences that colour it on a terminal."""
     return _COLOURS.sub("", text)
 
 

@@ -1,4 +1,4 @@
-"""Where a run's time went: seconds by code cell and line, from samples. Pure."""
+"""Measures the time of each line of code cells, from samples. Pure."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Cancellation:
 
 
 class HangRecognition(Struct, frozen=True, kw_only=True):
-    """Ends a cell that hangs as it is known to, before its time is up.
+    """Ends a cell that shows a known hang, before its time is up.
 
     ``is_known`` tells whether an observation of the running cell shows the known hang. It has to do
     so for ``seconds`` without a break. Then ``goes_on`` is called with the last observation: if it
@@ -64,15 +64,15 @@ class HangRecognition(Struct, frozen=True, kw_only=True):
 
 
 class TrialRequest(Struct, frozen=True, kw_only=True):
-    """The cells to run, and how.
+    """The cells to run, with their limits, sandbox and listeners.
 
     ``node`` is a stripped notebook; outputs are added to it in place. ``cells`` are the indexes to
     run (``None``: all), and ``cell_limits`` returns the limits of one cell. ``before_cells`` is
     awaited once the kernel is ready. ``hasty``: a kernel whose cells have run is killed instead of
-    shut down, since nobody needs the effects of its exit hooks. ``with_locals``: the native stack of
-    a crash shows local variables. ``early`` is a kernel that was
-    started in advance. ``on_message`` is called with each message that changed a cell (the cell's
-    index, and the message as it is stored); it must not raise. ``hang`` is a hang to recognise.
+    shut down, since nobody needs the effects of its exit hooks. ``with_locals``: the native stack
+    of a crash shows local variables. ``early`` is a kernel that was started in advance.
+    ``on_message`` is called with each message that changed a cell (the cell's index, and the
+    message as it is stored); it must not raise. ``hang`` is a hang to recognise.
     """
 
     run_id: str

@@ -48,7 +48,7 @@ def sampled_places(session: KernelSession, number: int) -> list[tuple[int, int]]
 
 
 class Sampler:
-    """Call ``run``; it ends when it is cancelled or the kernel is dead."""
+    """Samples until the kernel is dead or ``run`` is cancelled."""
 
     def __init__(self, state: TrialState) -> None:
         self.state = state
@@ -104,7 +104,7 @@ class Sampler:
         self._check_for_flood()
 
     def _profile(self) -> None:
-        """Count the time since the last sample for the lines that the agent saw last."""
+        """Charge the time since the last sample to the lines that the agent sampled last."""
         state = self.state
         record = state.metrics.records.get(state.current) if state.current is not None else None
         # A process that is held at its fault runs no code.

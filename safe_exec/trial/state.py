@@ -23,9 +23,10 @@ MOST_BYTES_PER_SECOND = 20 << 30
 
 
 class TrialState:
-    """``current`` is the index of the running cell.
+    """The state of one trial.
 
-    ``limit`` is the first limit reached, and its cell.
+    ``current`` is the index of the running cell. ``limit`` is the first limit reached, and its
+    cell.
     """
 
     def __init__(self, request: TrialRequest) -> None:

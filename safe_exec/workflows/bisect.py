@@ -261,7 +261,7 @@ def repository_of(prepared: PreparedJob) -> Path | None:
 
 
 def documents_of(prepared: PreparedJob) -> frozenset[Path]:
-    """Return the paths that belong to safe-exec, which are no part of the notebook's folder."""
+    """Return the paths of safe-exec's own files, which copies of the folder leave out."""
     from safe_exec.cache import cache_root
 
     documents = [path.resolve() for path in (*prepared.paths.documents, *prepared.job.own_paths)]

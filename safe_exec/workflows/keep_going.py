@@ -76,7 +76,7 @@ class Continuation(Struct, kw_only=True):
         return verdict.cause.kind not in (CauseKind.NOTEBOOK_TIMEOUT, CauseKind.OUTPUT_DIFFERS)
 
     def cells_left(self) -> frozenset[int]:
-        """Return the cells that have not run yet and can."""
+        """Return the cells that have not run yet and do not need names from failed cells."""
         return frozenset(
             index
             for index, record in self.records.items()
@@ -178,7 +178,7 @@ async def _continue(
     folder: FolderSnapshot,
     verdict_of: VerdictOf,
 ) -> list[str]:
-    """Run trials until the notebook is through; return warnings."""
+    """Run trials until no cell is left that can run; return warnings."""
     from safe_exec.experiments.rerun import isolated_request
     from safe_exec.experiments.workspace import WorkspaceUnavailable, workspace_factory
     from safe_exec.trial.run import run_trial

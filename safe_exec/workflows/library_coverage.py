@@ -1,8 +1,8 @@
 """Coverage of the library code that a notebook runs (``--coverage``), for ``coverage combine``.
 
 The project's configuration is read here and not in the kernel, which may not be allowed to read it
-and runs in another folder. The kernel reports paths and lines, and this module writes them as a
-data file: a notebook cannot put a database of its own in that place.
+and runs in another folder. The kernel reports paths and lines, and this module writes the data file
+from them, so a notebook cannot supply a database of its own.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _T = TypeVar("_T")
 class CoverageRequest(Struct, frozen=True, kw_only=True):
     """A request to measure coverage.
 
-    ``folder`` is where data go without a configuration. ``config`` is the configuration; without
-    one, ``searches`` tells whether to look for that of the notebook's project. ``source`` and
-    ``branch`` override it.
+    ``folder`` gets the data file if there is no configuration. ``config`` is the configuration;
+    without one, ``searches`` tells whether to look for that of the notebook's project. ``source``
+    and ``branch`` override it.
     """
 
     folder: Path

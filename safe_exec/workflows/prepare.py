@@ -147,12 +147,12 @@ class JobLimits(Struct, frozen=True, kw_only=True):
         return self.resolved.isolation
 
     def with_warnings(self, warnings: tuple[str, ...]) -> Self:
-        """The same limits with more warnings for the verdict."""
+        """Return the same limits with more warnings for the verdict."""
         resolved = replace(self.resolved, warnings=(*self.resolved.warnings, *warnings))
         return replace(self, resolved=resolved)
 
     def plan(self, run_id: str) -> SpawnPlan:
-        """The mechanism for each limit and wall of a run."""
+        """Return the mechanism for each limit and wall of a run."""
         plan = build_plan(self.values, self.machine, run_id, self.isolation)
         return replace(plan, keep_patterns=self.keep_files)
 
@@ -200,7 +200,7 @@ class PreparedJob(Struct, frozen=True, kw_only=True):
         return self.limits.plan(self.run_id)
 
     def fresh_node(self) -> Any:
-        """The notebook that runs, without the outputs of this run."""
+        """Return a copy of the notebook that runs, without the outputs of this run."""
         stripped = notebook.strip_annotations(self.notebook.node)
         return notebook_inputs.apply(stripped, self.job.inputs, self.language).node
 
@@ -258,12 +258,12 @@ def prepare(
 
 
 def start_clock(prepared: PreparedJob) -> PreparedJob:
-    """The same job with its time starting at this moment, after it waited for other notebooks."""
+    """Return the same job with its time starting now, after it waited for other notebooks."""
     return replace(prepared, started=time.monotonic(), started_at=datetime.now(UTC))
 
 
 def _language(job: Job, kernel_name: str, document: notebook.Notebook) -> str | None:
-    """The language of the kernel if it is installed, otherwise that of the notebook."""
+    """Return the language of the kernel if it is installed, otherwise that of the notebook."""
     if not job.inputs.parameters:
         return document.language
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
@@ -276,7 +276,7 @@ def _language(job: Job, kernel_name: str, document: notebook.Notebook) -> str | 
 
 
 class _MarkedCells(NamedTuple):
-    """Indexes of cells whose comments or tags ask a comparison of outputs to treat them apart."""
+    """Indexes of cells whose comments or tags exempt them from the comparison of outputs."""
 
     skipped: frozenset[int] = frozenset()
     may_raise: frozenset[int] = frozenset()
@@ -291,7 +291,10 @@ def _marked(job: Job, node: Any) -> _MarkedCells:
 
 
 def inputs_of_run(verdict: Verdict) -> NotebookInputs:
-    """The inputs of an earlier run. Raises UsageError if its file for stdin cannot be read."""
+    """Return the inputs of an earlier run.
+
+    Raises UsageError if its file for stdin cannot be read.
+    """
     ran = verdict.notebook
     return NotebookInputs(
         parameters=ran.parameters,
@@ -458,7 +461,7 @@ def _required(job: Job, resolved: profiles.Resolved, machine: HostCapabilities) 
 
 
 def largest_output(resolved: profiles.Resolved, cells: Iterable[Mapping[str, Any]]) -> int | None:
-    """The largest output limit of any cell, in bytes; ``None`` if a cell has no limit."""
+    """Return the largest output limit of any cell, in bytes; ``None`` if a cell has no limit."""
     # The runner reserves buffers once, for the cell with the largest limit.
     caps = [
         profiles.cell_limits(resolved, cell["metadata"], error_prefix="cell")[0].cell_output
@@ -538,7 +541,7 @@ def _choose_kernel(job: Job, header: NotebookHeader) -> KernelChoice:
 
 
 def _speaks_another(job: Job, header: NotebookHeader) -> bool:
-    """Tell whether the job's kernel is of another language than the notebook."""
+    """Tell whether the job's kernel runs another language than the notebook's."""
     spoken = installed_kernels().get((job.kernel or "").lower())
     return bool(spoken and header.language and spoken.lower() != header.language.lower())
 
@@ -572,7 +575,7 @@ def _start_kernel(
 
 
 def command_line() -> tuple[str, ...]:
-    """The command line of this process, for the verdict."""
+    """Return the command line of this process, for the verdict."""
     return ("safe-exec", *sys.argv[1:])
 
 

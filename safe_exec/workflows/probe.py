@@ -155,7 +155,7 @@ def _gap(gaps: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def most_of(name: LimitName, prepared: PreparedJob, budget: float) -> float:
-    """Return the largest value that this host offers for a limit."""
+    """Return the largest value of a limit that is worth a run on this host."""
     match name:
         case LimitName.MEMORY:
             return float(prepared.limits.machine.memory_total or UNKNOWN_MEMORY)

@@ -26,9 +26,10 @@ class FinishedRun(NamedTuple):
 async def repeated(
     prepared: PreparedJob, first: FinishedRun, cancellation: Cancellation
 ) -> Verdict:
-    """Run the notebook again as often as its job says; return the first verdict with the findings.
+    """Run the notebook again as often as its job says.
 
-    Each run has a kernel of its own, in the same folder. A signal ends the repetition.
+    Return the first verdict with flaky cells added. Each run has a kernel of its own, in the same
+    folder. A signal ends the repetition.
     """
     from safe_exec.workflows.prepare import prepare
     from safe_exec.workflows.run import run_undocumented

@@ -26,7 +26,7 @@ class Replay(Struct, frozen=True, kw_only=True):
 
 
 class ReplayResult(Struct, frozen=True, kw_only=True):
-    """The original and the new outcome, and how far they agree."""
+    """The original and the new outcome, and their comparison."""
 
     replay: Replay
     rerun: Verdict

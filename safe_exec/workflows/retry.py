@@ -25,19 +25,19 @@ from safe_exec.workflows.run import OutputListener, run_job
 RETRIES_ON_PATTERN = 2
 
 ALWAYS = frozenset({CauseKind.KILLED, CauseKind.TERMINATED})
-"""Causes that are signals from outside, with no limit of this run behind them."""
+"""Causes that are signals from outside and do not result from a limit of the run."""
 
 # The runner's clock starts a moment before the kernel does, so the measured wait is a little
 # shorter than the limit.
 NEARLY = 0.95
-"""The share of the start timeout from which a start counts as timed out."""
+"""A start that took at least this share of its timeout counts as timed out."""
 
 TIMES = frozenset({CauseKind.CELL_TIMEOUT, CauseKind.NOTEBOOK_TIMEOUT, CauseKind.UNRESPONSIVE})
 # A resource that kept the notebook waiting may answer next time. A computation does not get faster.
 WAITING = frozenset(
     {Activity.SLEEPING, Activity.WAITING_IO, Activity.WAITING_LOCK, Activity.WAITING_CHILD}
 )
-"""Activities whose time limit may hold on the next run."""
+"""Activities that may end in time on the next run, after a timeout in this one."""
 
 ELSEWHERE = frozenset({"ran out in", "marked by"})
 """Names of facts that attribute an out-of-memory kill to the machine or to a parent cgroup."""
@@ -80,7 +80,7 @@ def _ran_out_of_time_to_start(verdict: Verdict) -> bool:
 
 
 class RetryPolicy(Struct, frozen=True, kw_only=True):
-    """When a failed notebook runs again: at most ``retries`` times.
+    """Decides whether a failed notebook runs again: at most ``retries`` times.
 
     ``pattern`` is searched in the error that failed the notebook (``--retry-on``).
     """

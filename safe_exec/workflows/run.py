@@ -1,4 +1,4 @@
-"""Run a notebook: first run, cause, search for culprits, verdict, documents."""
+"""Run a notebook: the first run, the search for culprits, the verdict, the documents."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _NEEDED_LATER = (
     "safe_exec.reports.verdict_json",
 )
 _SENT_SECONDS = 0.001
-"""A delay after which the first cell has been sent."""
+"""A delay by which the first cell has certainly been sent."""
 # From then on the time to compile the patterns of rules is no longer missed.
 _LONG_SECONDS = 1.0
 SEARCH_WARNING = "no search for the culprits"
@@ -78,9 +78,9 @@ async def run_job(
     """Run the notebook and write its documents; return the verdict.
 
     A signal ends the run, but everything is still written. A caller that runs several notebooks
-    passes its own ``cancellation`` and handles signals itself. ``worth_a_search`` can decline the
-    search for culprits, depending on the verdict. ``on_output`` gets each text that a cell
-    writes: the cell's index, the stream, and the text with secrets masked.
+    passes its own ``cancellation`` and handles signals itself. ``worth_a_search`` may decline the
+    search for culprits, depending on the verdict. ``on_output`` gets each text that a cell writes:
+    the cell's index, the stream, and the text with secrets masked.
     """
     from safe_exec.trial.request import Cancellation
     from safe_exec.workflows.bisect import FolderSnapshot
@@ -141,7 +141,7 @@ async def run_undocumented(
     *,
     cancellation: Cancellation | None = None,
 ) -> tuple[Verdict, Any]:
-    """Run the notebook for a tool that writes its own documents; nothing is searched for.
+    """Run the notebook for a tool that writes its own documents; no culprit search follows.
 
     ``on_message`` gets each message that put something into a cell. The notebook is ``prepared``'s
     own, filled in place.
@@ -271,7 +271,10 @@ def _without_trial(prepared: PreparedJob, ending: InternalError) -> TrialResult:
 
 
 def abandon_job(prepared: PreparedJob, message: str) -> Verdict:
-    """Write the documents of a notebook that no machine could run to its end; return the verdict."""
+    """Write the documents of a notebook that no machine could run to its end.
+
+    Return the verdict.
+    """
     from safe_exec.trial.request import Cancellation
 
     # Nothing is known of what held its limits elsewhere.
@@ -302,7 +305,7 @@ def _texts(
 
 
 async def _warm_up() -> None:
-    """Import and compile the code for the end of the run, while the kernel starts."""
+    """Import the code for the end of the run while the kernel starts."""
     from nbformat import v4
 
     from safe_exec.diagnosis import verdict as _verdict  # noqa: F401
@@ -424,7 +427,7 @@ async def _search(
     folder: FolderSnapshot,
     write_partial: Callable[[Verdict], Verdict],
 ) -> Verdict:
-    """Search for the culprits if this failure is one to search for."""
+    """Search for the culprits, if the kind of failure and the options call for it."""
     if prepared.job.bisect is Bisect.NEVER or verdict.cause is None:
         return verdict
     from safe_exec.workflows.bisect import search_after
@@ -435,7 +438,7 @@ async def _search(
 async def _continue(
     prepared: PreparedJob, first: FirstRun, verdict: Verdict, folder: FolderSnapshot, mask: Mask
 ) -> tuple[Verdict, list[Verdict]]:
-    """Run the cells behind each failure, if that was requested; return all failures' verdicts."""
+    """Run the cells after each failure, if that was requested; return all failures' verdicts."""
     if not prepared.job.keep_going:
         return verdict, []
     from safe_exec.workflows.keep_going import keep_going

@@ -29,7 +29,7 @@ class ScratchRuns(Struct, frozen=True, kw_only=True):
 
     @property
     def gaps(self) -> tuple[str, ...]:
-        """Locations where a run may see files of an earlier one."""
+        """The places where a run may see files of an earlier run."""
         return self.rerunner.workspaces.gaps
 
     @property
@@ -42,7 +42,7 @@ class ScratchRuns(Struct, frozen=True, kw_only=True):
 async def open_scratch(prepared: PreparedJob) -> AsyncIterator[ScratchRuns]:
     """Copy the folder as it is at this moment, and run in copies of that copy.
 
-    A signal ends the current run; ``cancellation`` tells later ones. Raises SandboxError if the
+    A signal ends the current run; ``cancellation`` prevents later ones. Raises SandboxError if the
     folder cannot be copied.
     """
     from safe_exec.cache import cache_root

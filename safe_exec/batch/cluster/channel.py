@@ -1,4 +1,4 @@
-"""Messages on a socket between a worker and the process of a notebook: a length, and a pickle."""
+"""Messages between a worker and the process of a notebook: on a socket, a length and a pickle."""
 
 from __future__ import annotations
 

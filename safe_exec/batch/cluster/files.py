@@ -40,10 +40,10 @@ _LIST = 1 << 16
 
 
 class Workspace(Struct, frozen=True, kw_only=True):
-    """The place where a notebook runs.
+    """The directories in which a worker runs a notebook.
 
-    ``job`` has the paths of this machine. ``documents`` is the output directory here.
-    ``originals`` maps directories of this machine to those of the runner.
+    ``job`` has the paths of this machine. ``documents`` is the output directory here. ``originals``
+    maps directories of this machine to those of the runner.
     """
 
     job: Job
@@ -116,7 +116,10 @@ def _without_owner(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def _walk(base: Path, out: Path) -> Iterator[Path]:
-    """Yield the files and folders that are sent, as a batch selects them; no sockets, no devices."""
+    """Yield the files and folders that are sent, as a batch selects them.
+
+    No sockets, no devices.
+    """
     real_out = os.path.realpath(out)
     for top, names, files in os.walk(base):
         names[:] = sorted(

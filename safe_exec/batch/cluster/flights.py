@@ -1,4 +1,4 @@
-"""A notebook of a batch on a cluster: while it waits, and while dask has it."""
+"""The two states of a notebook on a cluster: waiting for a worker, and submitted to dask."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class WaitingNotebook(Struct, frozen=True, kw_only=True):
     """A notebook that waits for a worker.
 
     ``cwd`` is where it runs, ``key`` the fingerprint of the run, ``inputs`` the hashes of the files
-    that it declares. ``losses`` are the machines whose workers were lost while they ran it.
+    that it declares. ``losses`` has the machine of each worker that was lost while running it.
     """
 
     task: NotebookTask

@@ -71,8 +71,8 @@ class NotebookRequest(Struct, frozen=True, kw_only=True):
 class Grant(Struct, frozen=True, kw_only=True):
     """The runner's answer to a task that asks to start.
 
-    ``losses`` are the machines whose workers were lost while they ran this notebook. ``neighbours``
-    is the number of notebooks that may run on this machine at a time.
+    ``losses`` has the machine of each worker that was lost while running this notebook.
+    ``neighbours`` is the number of notebooks that may run on this machine at a time.
     """
 
     allowed: bool
@@ -92,7 +92,7 @@ class FinishedNotebook(Struct, frozen=True, kw_only=True):
 
 
 class RefusedNotebook(Struct, frozen=True, kw_only=True):
-    """A notebook that the worker cannot use (``usage``), or safe-exec's own failure there."""
+    """A notebook without a verdict: it is invalid (``usage``), or safe-exec failed there."""
 
     message: str
     usage: bool

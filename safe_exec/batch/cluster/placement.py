@@ -108,7 +108,10 @@ def _names(workers: Iterable[WorkerFacts]) -> str:
 
 
 def is_given_up(losses: Sequence[str]) -> bool:
-    """Return whether a notebook is not tried again; ``losses`` are the machines of lost workers."""
+    """Tell whether a notebook has lost too many workers to try again.
+
+    ``losses`` are their machines.
+    """
     return len(set(losses)) >= MOST_MACHINES or len(losses) >= MOST_LOSSES
 
 

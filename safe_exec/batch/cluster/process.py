@@ -106,7 +106,7 @@ def serve(connection: socket.socket, directory: Path, machine: HostCapabilities)
 
 
 def _obey(connection: socket.socket, broadcast: SignalBroadcast) -> NoReturn:
-    """Take signals from the worker, and exit with it."""
+    """Receive signals from the worker; exit when the worker does."""
     while True:
         try:
             number = receive(connection)
@@ -160,7 +160,7 @@ class Execution(Struct, frozen=True):
         return reserve_for_others(job, job.resolved.limits, self.grant.neighbours)
 
     def _is_last(self, verdict: Verdict) -> bool:
-        """Tell whether no other attempt follows this one."""
+        """Tell whether this attempt is the last one."""
         return self.request.last_attempt or not is_transient(verdict)
 
     def _run(self, job: Job, workspace: files.Workspace) -> FinishedNotebook:

@@ -136,7 +136,7 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
             await self._wait_for_change()
 
     async def _give_back(self) -> None:
-        """Let go of all notebooks after the scheduler was lost; --resume runs them."""
+        """Give up all notebooks after the scheduler was lost, so that --resume can run them."""
         for task in self.tasks:
             task.cancel()
         await asyncio.wait(self.tasks) if self.tasks else None
@@ -221,7 +221,7 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
         return machine.memory_total if machine is not None and self.address.kind == LOCAL else None
 
     def _adopt_memory(self) -> None:
-        """Let limits in per cent refer to the smallest worker."""
+        """Make memory limits in per cent refer to the smallest worker."""
         machine, self_made = self.plan.template.machine, self.address.kind == LOCAL
         if machine is None or self_made or not self.workers.usable or self.adopted:
             return
@@ -241,7 +241,7 @@ class ClusterScheduler(NotebookQueue[WaitingNotebook]):
     def enqueue(
         self, task: NotebookTask, prepared: PreparedJob, inputs: Mapping[str, str | None]
     ) -> WaitingNotebook | JournalRecord:
-        """Return the notebook as it waits."""
+        """Return the queue's entry for a notebook."""
         limits, isolation = prepared.limits.values, prepared.limits.isolation
         enforced = {requirable_name(name) for name in prepared.limits.required}
         if isolation.required:

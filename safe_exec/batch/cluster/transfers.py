@@ -1,4 +1,4 @@
-"""Send the files of notebooks to machines that have not got them, each archive once."""
+"""Send the files of notebooks to machines that lack them, each archive once."""
 
 from __future__ import annotations
 

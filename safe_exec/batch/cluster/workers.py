@@ -75,7 +75,7 @@ class ClusterWorkers:
         return threads
 
     async def update(self) -> WorkerChange:
-        """Ask the scheduler for its workers, and those that joined for their facts.
+        """Ask the scheduler for its workers, and each new worker for its facts.
 
         Raises ClusterError if the connection is lost, and whatever the transport raises.
         """

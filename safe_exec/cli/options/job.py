@@ -132,7 +132,8 @@ def job_options(*, kernel_help: str, cwd_help: str, budget_help: str) -> Decorat
 def job_of(notebook: Path, options: JobOptions, *, lenient: bool = False) -> Job:
     """Build the job that the options of a command describe. Raises UsageError.
 
-    ``lenient`` is for many notebooks: not each has every tag, and the language of ``--kernel``.
+    ``lenient`` is for batches, where a notebook may lack a tag or have another language than
+    ``--kernel``.
     """
     variables = variables_of(options.inputs)
     figures = dict(options.figures)

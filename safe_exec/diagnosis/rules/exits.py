@@ -29,9 +29,9 @@ FAULTS = {
 
 
 def supervisor_killed(context: Context) -> Cause | None:
-    """The exit status is unknown.
+    """The kernel's parent process was killed, and the kernel with it.
 
-    The kernel's parent process was killed, and the kernel with it.
+    Its exit status is unknown.
     """
     if (
         not isinstance(context.ending, Died)

@@ -126,7 +126,7 @@ def _children(context: Context) -> int | None:
 
 
 def _small_kernel(context: Context) -> int | None:
-    """The most that the kernel process ever had, where that was the smaller part of the memory."""
+    """Return the kernel process's own peak if it was the smaller part of the memory."""
     own, peak = context.evidence.memory_kernel, context.evidence.memory_peak
     return own if own is not None and peak and own <= (1 - MOSTLY) * peak else None
 

@@ -1,4 +1,4 @@
-"""Waits that do not end by their nature: a server, an event loop, or the loop that runs the cell.
+"""Waits that never end by design: a server, an event loop, or the loop that runs the cell.
 
 A listening socket was observed outside. Python stacks are the kernel's claims and only refine the
 advice. Pure; imports model.
@@ -25,7 +25,7 @@ MOST_ADDRESSES = 3
 
 
 def waiting_text(observation: ActivityObservation, activity: Activity) -> str:
-    """``it was waiting for connections ...``; empty where it is none of these."""
+    """Return ``it was waiting for connections ...``; empty for any other wait."""
     if serves(observation, activity):
         addresses = ", ".join(observation.listening[:MOST_ADDRESSES])
         return f"it was waiting for connections: it runs a server that listens on {addresses}"
@@ -97,7 +97,7 @@ def awaits(observation: ActivityObservation, activity: Activity | None) -> bool:
 
 
 def _inside_the_cell(stack: Sequence[Frame]) -> Iterator[Frame]:
-    """The frames that code of the notebook had called, innermost first."""
+    """Yield the frames of the functions that the cell had called, innermost first."""
     for frame in stack:
         if frame.cell is not None:
             return

@@ -426,7 +426,7 @@ def timed_out(context: Context) -> Cause | None:
 
 
 def _starving_text(observation: ActivityObservation) -> str:
-    """Who kept the processors from a kernel that had work to do, where its own processes did."""
+    """Explain why a kernel with work to do got no processor, as far as that is known."""
     if _crowded(observation):
         return (
             f"the {observation.children} processes that it had started were at work, and it "
@@ -436,7 +436,7 @@ def _starving_text(observation: ActivityObservation) -> str:
 
 
 def _crowded(observation: ActivityObservation) -> bool:
-    """Whether a starved kernel has more processes at work than there is processor time for."""
+    """Whether a starved kernel's own processes took the processor time."""
     return (
         is_starved(observation)
         and (observation.children or 0) > 1

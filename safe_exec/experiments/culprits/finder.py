@@ -392,7 +392,10 @@ class Investigation:
         return self.first_run.budget - (time.monotonic() - self.start_time)
 
     def is_steady(self, result: Result) -> bool:
-        """Whether the culprits failed in every run: else a statement's part cannot be told."""
+        """Whether the culprits failed in every run.
+
+        Else no trial can tell if a statement is needed.
+        """
         failures, runs = result.reproduced
         return failures == runs and not result.several_forms
 

@@ -1,4 +1,4 @@
-"""Decides what may be asked in a fork of a live kernel, and what a fork's ending answers. Pure.
+"""Decides which queries a fork of a live kernel may answer, and derives the answers. Pure.
 
 An answer from a fork says which trial comes next, and nothing else: the result is confirmed from
 scratch. An ending that is not clear is no answer: it is asked from scratch as well.
@@ -62,11 +62,12 @@ class ForkCell(Struct, frozen=True, kw_only=True):
 
 
 class ForkEnding(Struct, frozen=True, kw_only=True):
-    """How the run of some cells in a fork ended.
+    """The ending of a run of some cells in a fork.
 
     ``cell`` is the cell that ran last, ``error`` the name and text of the exception that it raised.
-    ``status`` is the raw wait status, and ``passed`` says that all cells ran. ``odd`` is what a
-    fork cannot judge. ``line`` is that of the last top-level statement, ``None`` if unknown.
+    ``status`` is the raw wait status, and ``passed`` says that all cells ran. ``odd`` names an
+    observation that a fork cannot judge. ``line`` is that of the last top-level statement, ``None``
+    if unknown.
     """
 
     cell: int | None
@@ -98,7 +99,7 @@ def can_ask(failure: Failure) -> bool:
 
 
 def cells_with_files(sources: Mapping[int, str]) -> frozenset[int]:
-    """Return the cells whose source writes files: what one fork writes, the next one finds."""
+    """Return the cells that may write files, which the next fork would find."""
     modules: dict[str, str] = {}
     writers: dict[str, bool] = {}
     writing = set()
@@ -121,14 +122,14 @@ def cells_with_files(sources: Mapping[int, str]) -> frozenset[int]:
 
 
 def cells_of_one_process(sources: Mapping[int, str]) -> frozenset[int]:
-    """Return the cells after which another process would not be the same."""
+    """Return the cells that depend on the process they run in, so that a fork differs."""
     return frozenset(cell for cell, source in sources.items() if _OF_ONE_PROCESS.search(source))
 
 
 def nearest(
     snapshots: Collection[tuple[ForkCell, ...]], cells: Sequence[ForkCell]
 ) -> tuple[ForkCell, ...]:
-    """Return the longest sequence of cells that a snapshot has run and that ``cells`` begin with."""
+    """Return the longest beginning of ``cells`` that a snapshot has run."""
     fitting = (s for s in snapshots if tuple(cells[: len(s)]) == s and len(s) < len(cells))
     return max(fitting, key=len, default=())
 
@@ -154,7 +155,7 @@ def positions_to_keep(seconds: Sequence[float], room: int, last: int) -> tuple[i
 
 
 def seconds_allowed(seconds: Iterable[float], time_budget: float) -> float:
-    """Return how long a run of cells may take that took ``seconds`` each in the first run."""
+    """Return the time limit for cells that took ``seconds`` each in the first run."""
     return min(time_budget, SLACK_SECONDS + SLACK_FACTOR * sum(seconds))
 
 

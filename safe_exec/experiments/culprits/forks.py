@@ -107,7 +107,7 @@ class Forks:
 
     @property
     def note(self) -> str | None:
-        """Why there were no answers, or from some moment on no more, or which states were not kept."""
+        """Why forks gave no answers or stopped giving them, or which states were not kept."""
         if self.ended is not None:
             return self.ended
         states = ", ".join(self._unbranchable)
@@ -142,9 +142,9 @@ class Forks:
         return answer
 
     async def _prove(self, time_budget: float) -> None:
-        """Run all cells in a fork: what does not fail there either can be told by trials alone.
+        """Run all cells in a fork, to see that the failure occurs there too.
 
-        Raises ForksFailed if they do not fail.
+        Raises ForksFailed if not.
         """
         await self._run_and_judge(self.cells_of(sorted(self._sources)), time_budget)
         if not self.has_failed:
@@ -216,7 +216,10 @@ class Forks:
         return index in self._subject.request.may_raise or "raises-exception" in tags
 
     async def _hand_over(self, channel: ForkChannel, cells: Sequence[ForkCell]) -> list[int]:
-        """Send the sources that a fork does not know; return the cells' numbers. Raises ForksFailed."""
+        """Send the sources that a fork does not know; return the cells' numbers.
+
+        Raises ForksFailed.
+        """
         received = self._received[channel]
         numbers = [self._numbers.setdefault(cell, len(self._numbers)) for cell in cells]
         for number, cell in zip(numbers, cells, strict=True):
@@ -261,12 +264,15 @@ class Forks:
         )
 
     def _last_to_keep(self, cells: Sequence[ForkCell]) -> int:
-        """Return the position of the first cell after which another process is not the same."""
+        """Return the position of the first cell that depends on its process.
+
+        The last one if none does.
+        """
         positions = (n for n, c in enumerate(cells) if c.index in self._of_one_process)
         return next(positions, len(cells) - 1)
 
     def _room(self) -> int:
-        """Return how many snapshots the next run may leave; old ones make room for some."""
+        """Return how many snapshots the next run may leave; close the oldest to make room."""
         processes = self._subject.request.limits.processes
         most = MOST_SNAPSHOTS
         if processes is not None:
@@ -318,7 +324,7 @@ class Forks:
             self._received[channel] = set(received)
 
     async def _finish(self, ending: ForkEnding, fields: Mapping[str, Any]) -> ForkEnding:
-        """Judge a run whose process has ended, and whether there can be others after it."""
+        """Complete the ending of a run whose process has ended; give up forks that change files."""
         if fields.get("late"):
             self._late += 1
             if self._late >= MOST_LATE:
@@ -335,7 +341,10 @@ class Forks:
         )
 
     async def _receive(self, channel: ForkChannel, deadline: float) -> Any:
-        """Return the next message. Raises ForksFailed if there is none in time, or never will be."""
+        """Return the next message.
+
+        Raises ForksFailed if none arrives in time, or the channel has ended.
+        """
         assert self._task is not None
         while not self._subject.request.cancellation.signals:
             remaining = deadline - time.monotonic()

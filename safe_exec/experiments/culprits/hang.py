@@ -1,9 +1,9 @@
-"""Recognises a hang that is already known by its picture, long before the cell's time is up. Pure.
+"""Recognises a known hang by its picture, long before the cell's time is up. Pure.
 
-The picture of a hang is what an observer sees of it: what the kernel is doing, the system call in
-which it is blocked, the statement of the crash cell that runs and the innermost frame. A trial that
-shows the same picture for long enough counts as failed. That may be wrong: a cell that is only slow
-looks the same. So such an answer decides which trial comes next, and nothing else: the result is
+The picture of a hang is all that an observer sees: the kernel's activity, the system call in which
+it is blocked, the statement of the crash cell that runs and the innermost frame. A trial that shows
+the same picture for long enough counts as failed. That may be wrong: a cell that is only slow looks
+the same. So such an answer decides which trial comes next, and nothing else: the result is
 confirmed by a run up to the whole timeout.
 """
 
@@ -67,7 +67,10 @@ class HangPicture(Struct, frozen=True, kw_only=True):
     def of_observation(
         cls, observation: ActivityObservation, stack: tuple[Frame, ...], cell: int, node: Any
     ) -> HangPicture:
-        """Return the picture of a kernel that runs ``cell`` of ``node``; its ``stack`` without IPython's frames."""
+        """Return the picture of a kernel that runs ``cell`` of ``node``.
+
+        ``stack`` lacks IPython's frames.
+        """
         activity, syscall = activity_of(observation), observation.syscall
         return cls(
             activity=activity,

@@ -173,7 +173,7 @@ class _Searcher:
         return self.count(cells, reply)
 
     def count(self, cells: frozenset[int], reply: Reply) -> bool:
-        """Count a run; whether it failed."""
+        """Count a run; tell whether it failed."""
         tally = self.tallies.setdefault(cells, _Tally())
         tally.endings[reply.ended] += reply.from_scratch
         failed = reply.answer is Outcome.FAIL or (self.several_forms and reply.another_form)

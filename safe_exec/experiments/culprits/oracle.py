@@ -102,7 +102,7 @@ class AnsweredQuery(Struct, frozen=True, kw_only=True):
 
 
 class CachedAnswer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An answer as its file in the cache holds it; ``seconds`` is the cost of its trial."""
+    """An answer as stored in the cache; ``seconds`` is the cost of its trial."""
 
     answer: Outcome
     seconds: float
@@ -117,7 +117,7 @@ class CachedAnswer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class ObservedTrial(Struct, frozen=True, kw_only=True):
-    """A trial that was observed for its memory, and its request."""
+    """A trial that was run to observe its memory, and its request."""
 
     result: TrialResult
     request: TrialRequest
@@ -267,7 +267,7 @@ class Oracle:
 
     @property
     def fork_note(self) -> str | None:
-        """Why there were no answers from forks, or not from all states."""
+        """Why forks gave no answers, or not from all states."""
         return self._forks.note
 
     def _cells_of(
@@ -312,7 +312,7 @@ class Oracle:
         *,
         of_cells: bool,
     ) -> None:
-        """Compare a run from scratch and to the end with what was found in a quicker way."""
+        """Compare a complete run with the earlier answer of a fork or of a recognised hang."""
         if reply.cut:
             return
         fails = reply.answer is Outcome.FAIL or reply.another_form
@@ -621,7 +621,7 @@ def _to_cache(answered: AnsweredQuery) -> CachedAnswer:
 
 
 def _from_cache(entry: CachedAnswer) -> AnsweredQuery:
-    """Decode a cache entry at no cost in seconds; ``None`` for an entry in another format."""
+    """Decode a cache entry; using it costs no seconds. ``None`` for another format."""
     reply = Reply(
         answer=entry.answer,
         seconds=0.0,

@@ -94,11 +94,11 @@ class Reduction:
 
     @property
     def remainder(self) -> int:
-        """The number that stands for everything that must stay, in a problem of ``at_depth``."""
+        """The number that stands for everything that must stay, in the search at a depth."""
         return len(self.pieces)
 
     def _with_blocks(self, pieces: Collection[int]) -> frozenset[int]:
-        """Return pieces without those in blocks that were removed."""
+        """Return the pieces whose enclosing blocks were not removed."""
         removed = [self.pieces[n] for n in range(len(self.pieces)) if n not in pieces]
         return frozenset(
             n
@@ -134,7 +134,7 @@ class Reduction:
         return self.with_chosen(self.depth, query.cells)
 
     def judge(self, selection: Collection[int], reply: Reply) -> Reply:
-        """Return a trial's reply as an answer about pieces: only the same line is the failure."""
+        """Turn a trial's reply into one about pieces: only a failure at the same line counts."""
         if reply.answer is Outcome.PASS or (
             reply.answer is Outcome.FAIL
             and self.is_same_line(selection, reply.line, exact=reply.exact_line)

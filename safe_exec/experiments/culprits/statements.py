@@ -184,7 +184,7 @@ def remaining_lines(source: str, spans: Sequence[Span], removed: Collection[Span
 
 
 def text_of(source: str, numbers: Sequence[int]) -> str:
-    """Return some lines of a source, by their numbers."""
+    """Return the lines of a source with these numbers, as one text."""
     lines = lines_of(source)
     return "\n".join(lines[number - 1] for number in numbers)
 

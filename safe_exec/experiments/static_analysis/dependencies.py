@@ -305,9 +305,8 @@ class Dependencies:
     def lack_any(self, subset: Iterable[int], names: Mapping[int, frozenset[str]]) -> bool:
         """Tell whether ``subset`` lacks a name that one of its cells is certain to read.
 
-        ``names`` holds these names by cell. The answer is as certain as that of
-        :meth:`surely_missing`: an omitted cell binds the name visibly, and no cell of the subset
-        can bind it.
+        ``names`` holds these names by cell. As in :meth:`surely_missing`, an omitted cell binds the
+        name visibly, and no cell of the subset can bind it.
         """
         cells = [index for index in subset if self.is_python]
         if not cells or any(self.facts[index].opaque or self.facts[index].stars for index in cells):

@@ -50,12 +50,13 @@ class CapturedNames(Struct, frozen=True, kw_only=True):
 
 
 class CellFacts(Struct, frozen=True, kw_only=True):
-    """The facts of one cell. ``late_`` means: in the bodies of functions, which run when called.
+    """The facts of one cell.
 
-    Names of inner scopes are left out. ``uses``: read, and not certain to be bound earlier in this
-    cell. ``at_once``: the same in a lambda that is passed to a call, which may run immediately.
-    ``own``: read after the cell bound it. ``passed_to_call``: passed to a call, which may change
-    it. ``stars``: the cell may bind names that are not visible. ``history``: it reads outputs of
+    Fields with ``late_`` are on the bodies of functions, which run when called. Names of inner
+    scopes are left out. ``uses``: read, and not certain to be bound earlier in this cell.
+    ``at_once``: the same in a lambda that is passed to a call, which may run immediately. ``own``:
+    read after the cell bound it. ``passed_to_call``: passed to a call, which may change it.
+    ``stars``: the cell may bind names that are not visible. ``history``: it reads outputs of
     earlier cells. ``start``: the line of the first statement.
     """
 

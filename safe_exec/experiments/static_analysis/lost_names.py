@@ -18,7 +18,7 @@ def cells_without_names(
     """Return the cells that need a name from a failed cell, each with the reason in words.
 
     ``sources`` are the code cells that may run, by index. A cell that needs a name from a skipped
-    cell is skipped too. Without knowledge of the language no cell is.
+    cell is skipped too. Without a known language no cell is skipped.
     """
     order = sorted(sources)
     dependencies = _without_repeated_imports(
@@ -46,7 +46,7 @@ def cells_without_names(
 def _without_repeated_imports(
     dependencies: Dependencies, sources: Sequence[str], failed: Collection[int]
 ) -> Dependencies:
-    """Leave out each import of a failed cell that an earlier cell has too."""
+    """Disregard each import of a failed cell that an earlier cell has too."""
     if not dependencies.is_python:
         return dependencies
     facts = list(dependencies.facts)

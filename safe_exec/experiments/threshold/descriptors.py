@@ -18,8 +18,8 @@ _WRITABLE = 0o200
 class Descriptors:
     """An event sink that records the peak of open files and the largest written file.
 
-    ``limit`` is the kernel's limit for open files. Descriptors from that number on are safe-exec's
-    own, which it places out of the way.
+    ``limit`` is the kernel's limit for open files. Descriptors with that number or a higher one are
+    safe-exec's own.
     """
 
     def __init__(self, limit: int | None) -> None:

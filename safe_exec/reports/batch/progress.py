@@ -40,7 +40,10 @@ class _Running(Struct, frozen=True, kw_only=True):
 
 
 class BatchProgress:
-    """Shows a batch on ``stream``; a context manager. After an error the stream is not used again."""
+    """Shows a batch on ``stream``; a context manager.
+
+    After an error the stream is not used again.
+    """
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class BatchProgress:
         self._say(f"note: {common.single_line(text)}", "")
 
     def sink(self, path: str, attempt: int, machine: str = "") -> events.EventSink:
-        """Return the sink for the events of one notebook; it may be called on any thread."""
+        """Return the sink for one notebook's events; it may be called on any thread."""
         notebook = _Running(
             situation=Situation(), since=self._clock(), attempt=attempt, machine=machine
         )
@@ -99,7 +102,7 @@ class BatchProgress:
         return notebook.situation.take
 
     def load(self, machines: Mapping[str, tuple[int, int]]) -> None:
-        """Take the machines of a cluster: the notebooks that run, and those that may."""
+        """Store, for each machine of a cluster, how many notebooks run and how many may run."""
         self._machines = dict(sorted(machines.items()))
 
     def follower(self, path: str) -> OutputFollower | None:

@@ -36,8 +36,8 @@ class NotebookResult(Struct, frozen=True, kw_only=True):
     attempt, ``None`` if nothing ran. ``attempts`` is 0 if nothing ran and 1 without a retry.
     ``flaky`` is true if it passed after a failed attempt. ``error`` is one line about a refused
     notebook. ``verdict``, ``notebook`` (annotated) and ``repro`` are the written files, or
-    ``None``; ``source`` is the notebook itself. ``losses`` are the machines of a cluster whose workers
-    were lost while they ran it.
+    ``None``; ``source`` is the notebook itself. ``losses`` has the machine of each cluster worker
+    that was lost while running it.
     """
 
     path: str

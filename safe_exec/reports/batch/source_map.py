@@ -23,7 +23,7 @@ from safe_exec.notebook.text_formats import is_text_format
 from safe_exec.reports.batch.text import NotebookReport
 
 MOST_BYTES = 16 << 20
-"""Larger files have no line numbers: reports must not need more memory than the runs did."""
+"""In larger files no lines are located: reports must not need more memory than the runs did."""
 
 _BLANK = re.compile(r"[ \t\n\r]*")
 # Possessive quantifiers: a long string with many escapes must not backtrack.
@@ -50,7 +50,7 @@ def read_as_run(path: Path, sha256: str | None) -> str | None:
 
 
 def file_line(report: NotebookReport) -> int | None:
-    """Return where a notebook failed: a line number in its file, from 1; see ``crash_line``.
+    """Return the line of a notebook's file at which it failed, from 1; see ``crash_line``.
 
     ``None`` for a notebook without verdict too.
     """
@@ -58,7 +58,7 @@ def file_line(report: NotebookReport) -> int | None:
 
 
 def crash_line(path: Path, verdict: Verdict) -> int | None:
-    """Return where the notebook failed: a line number in its file, from 1.
+    """Return the line of the notebook's file at which it failed, from 1.
 
     It is the line that failed, or if that is unknown the first line of its cell. ``None`` if the
     verdict names no cell, or if the file has changed since the run.
@@ -119,7 +119,7 @@ def _is_banner(text: str, at: int) -> bool:
 
 
 def _placed(text: str, at: int) -> Placed:
-    """Decode a source: one string, or a list of strings that each fill one line of the file."""
+    """Decode a cell's source: one string, or a list of strings, each on a line of its own."""
     parts = list(_items(text, at)) if text[at] == "[" else [at]
     position, line = at, text.count("\n", 0, at) + 1
     pieces, lines = [], [0]

@@ -23,7 +23,7 @@ SUMMARY_SCHEMA = "safe-exec/batch/1"
 
 
 class NotebookSummary(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One notebook: the words of its verdict that a table needs, and its documents relative to ``out``."""
+    """One notebook: the main facts of its verdict, and its documents' paths relative to ``out``."""
 
     path: str
     status: str
@@ -72,12 +72,12 @@ class Summary(
 
 
 def write(batch: BatchResult, path: Path) -> None:
-    """Write the document, all of it or nothing. Raises OSError."""
+    """Write the document atomically. Raises OSError."""
     write_atomically(path, json_text.document(summary_of(batch)))
 
 
 def summary_of(batch: BatchResult) -> Summary:
-    """Reads one verdict after the other."""
+    """Build the document; only one verdict is in memory at a time."""
     return Summary(
         safe_exec_version=batch.safe_exec_version,
         started=batch.started.isoformat(timespec="milliseconds"),

@@ -89,13 +89,13 @@ def status_words(status: str) -> str:
 
 
 def kind(report: NotebookReport) -> str:
-    """Return the kind of the cause, or the status without one: a name for scripts."""
+    """Return a name for scripts: the kind of the cause, or the status if there is no cause."""
     cause = report.verdict.cause if report.verdict is not None else None
     return cause.kind.value if cause is not None else report.result.status
 
 
 def cause_words(report: NotebookReport) -> str:
-    """Return the cause in a few words (``out of memory``), or nothing."""
+    """Return the cause in a few words (``out of memory``), or ""."""
     cause = report.verdict.cause if report.verdict is not None else None
     return common.kind_words(cause) if cause is not None else ""
 
@@ -121,7 +121,7 @@ def _missing_verdict_reason(result: NotebookResult) -> str:
 
 
 def flaky_words(result: NotebookResult) -> str:
-    """Return a note about a flaky notebook, or nothing."""
+    """Return a note if the notebook is flaky, else ""."""
     return f"flaky: passed at attempt {result.attempts} after it had failed" if result.flaky else ""
 
 
@@ -158,7 +158,7 @@ def lines(report: NotebookReport, batch: BatchResult) -> Iterator[str]:
 
 
 def _further_failures(verdict: Verdict) -> Iterator[str]:
-    """Yield the failures after the first one, and the cells that they kept from running."""
+    """Yield the failures after the first one, and the cells that could not run because of them."""
     for other in verdict.each_failure()[1:]:
         yield from _other_failure(other)
     yield from (f"skipped: {reason}" for reason in common.skipped_reasons(verdict))
@@ -179,7 +179,7 @@ def failure_lines(report: NotebookReport) -> Iterator[str]:
 
 
 def each_failure(report: NotebookReport) -> list[NotebookReport]:
-    """Return one report for each failure of a run that went on after the first one."""
+    """Return one report for each failure of a run with ``--keep-going``."""
     if report.verdict is None:
         return [report]
     return [replace(report, verdict=verdict) for verdict in report.verdict.each_failure()]
@@ -208,7 +208,7 @@ def _code(source_line: str | None) -> Iterator[str]:
 
 
 def culprits_words(verdict: Verdict) -> str:
-    """Describe the culprits or the lack of them; nothing without a search."""
+    """Name the culprits, or say that there are none; "" without a search."""
     search = verdict.culprits
     if search is None:
         return ""

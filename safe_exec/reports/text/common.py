@@ -102,7 +102,7 @@ def cell_names(code_indices: Iterable[int]) -> str:
 
 
 def cell_sum(code_indices: Iterable[int]) -> str:
-    """Return the name of cells that act together: ``code cells 1 + 3 + 5-9``."""
+    """Return the joint name of a set of cells: ``code cells 1 + 3 + 5-9``."""
     runs = _runs(code_indices)
     parts = (
         [str(a)] if a == b else [str(a), str(b)] if b == a + 1 else [f"{a}-{b}"] for a, b in runs
@@ -142,7 +142,7 @@ def not_run(verdict: Verdict) -> tuple[int, ...]:
 
 
 def skipped_reasons(verdict: Verdict) -> list[str]:
-    """Describe the cells that a failure kept from running: ``code cell 5 needs `x` of ...``."""
+    """Describe the cells that could not run after a failure: ``code cell 5 needs `x` of ...``."""
     return [
         f"{cell_name(cell.code_index)} {single_line(cell.reason)}"
         for cell in verdict.cells
@@ -411,7 +411,7 @@ def evidence_lines(verdict: Verdict, most: int | None = None) -> list[str]:
 
 
 def difference_blocks(verdict: Verdict, most: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield a title and the lines of the difference for outputs that differ, at most ``most``."""
+    """Yield title and diff lines of at most ``most`` differing outputs."""
     for difference in verdict.differences[:most]:
         title = f"{cell_name(difference.code_index)}{SEPARATOR}{single_line(difference.summary)}"
         yield title, tuple(printable(line) for line in difference.lines)

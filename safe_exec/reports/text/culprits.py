@@ -88,7 +88,7 @@ def endings(search: Culprits) -> str:
 
 
 def outcome(search: Culprits) -> str:
-    """Return why no culprits are known, or why the set may not be minimal, or nothing."""
+    """Return why no culprits are known, or why the set may not be minimal; "" if it is."""
     if search.minimal:
         return ""
     if search.cells:
@@ -110,7 +110,7 @@ def outcome(search: Culprits) -> str:
 
 
 def reproduce_command(verdict: Verdict) -> str:
-    """Return the shell command that reproduces the failure, or nothing."""
+    """Return the shell command that reproduces the failure, or ""."""
     path = verdict.culprits.repro_notebook if verdict.culprits is not None else None
     if not path:
         return ""

@@ -1,7 +1,7 @@
-"""Lay out text for a terminal: paint, wrap, and align in columns. By way of rich.
+"""Lay out text for a terminal with rich: paint, wrap, and align in columns.
 
-rich is imported on first use. The import takes some 18 ms: ``run`` needs it for a failure alone, and
-begins with the first sign of one (``preload``).
+rich is imported on first use. The import takes some 18 ms: ``run`` needs it for a failure alone,
+and begins with the first sign of one (``preload``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LEAST_WIDTH = 24
 
 
 def preload() -> None:
-    """Import rich on a thread, so that nobody waits for it later."""
+    """Import rich on a thread, so that the diagnosis need not wait for it."""
     # A daemon: the import must not hold up a program that ends meanwhile.
     # Where no thread can start, the diagnosis imports rich.
     with contextlib.suppress(RuntimeError):

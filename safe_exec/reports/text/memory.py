@@ -37,7 +37,7 @@ def holder_lines(verdict: Verdict, most: int = MOST_SHOWN) -> list[str]:
 
 
 def largest_holder(verdict: Verdict) -> str:
-    """Return the largest named holder in a few words, or nothing."""
+    """Return the largest named holder in a few words, or ""."""
     memory = _explaining(verdict)
     holder = next((holder for holder in memory.holders if holder.name), None) if memory else None
     if memory is None or holder is None or holder.bytes < (memory.peak_bytes or 0) * LEAST_REST:
@@ -46,7 +46,7 @@ def largest_holder(verdict: Verdict) -> str:
 
 
 def _explaining(verdict: Verdict) -> MemoryUse | None:
-    """Return the memory of a run in which it came near its limit, or whose limit is not known."""
+    """Return the memory of a run that came near its memory limit, or has none that is known."""
     memory, limit = verdict.memory, verdict.limits.memory
     if memory is None or limit is None or memory.peak_bytes is None:
         return memory
@@ -114,7 +114,10 @@ def allocation_line(line: AllocationLine, size: int, callers: Iterable[CallSite]
 
 
 def caller_names(line: AllocationLine, callers: Iterable[CallSite]) -> str:
-    """Return the other cells that called this line, ``called in code cells 2-5``; ``""`` if none."""
+    """Return the other cells that called this line, ``called in code cells 2-5``.
+
+    ``""`` if none.
+    """
     caller_cells = {caller.code_index for caller in callers} - {line.code_index}
     return f"called in {common.cell_names(caller_cells)}" if caller_cells else ""
 
@@ -127,7 +130,7 @@ def site_name(code_index: int, line: int, function: str) -> str:
 
 
 def by_line(memory: MemoryUse) -> list[tuple[AllocationLine, int, tuple[CallSite, ...]]]:
-    """Return the allocating lines, the largest first: line, bytes by way of all callers, callers."""
+    """Return the allocating lines, the largest first: line, bytes of all its callers, callers."""
     # What was allocated and not yet written to is no memory yet: the peak bounds it.
     peak = memory.peak_bytes
     groups: dict[tuple[int, int], list[AllocationLine]] = {}
@@ -152,7 +155,7 @@ def line_sizes(memory: MemoryUse | None, code_index: int) -> dict[int, str]:
 
 
 def rest_lines(memory: MemoryUse) -> list[str]:
-    """Return lines for memory that no holder had, if it is much."""
+    """Return lines about the memory without a holder, if it is much."""
     peak = memory.peak_bytes
     if not peak:
         return []

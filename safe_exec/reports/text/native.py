@@ -27,7 +27,10 @@ _PLATFORM = lazy_pattern(r"\.(?:cpython-\S+|abi3)\.so$")
 
 
 def summary(verdict: Verdict) -> str:
-    """Return the function that faulted, with its library and callers, on one line; maybe empty."""
+    """Return the function that faulted, with its library and callers, on one line.
+
+    "" if unknown.
+    """
     frames = _c_frames(verdict.crash_cell)
     if not frames:
         return ""
@@ -38,7 +41,7 @@ def summary(verdict: Verdict) -> str:
 
 
 def _c_frames(crash: CrashCell | None) -> list[NativeFrame]:
-    """Return the C functions inside the innermost Python code, from the one to blame outwards."""
+    """Return the C functions that the innermost Python code called, the one to blame first."""
     if crash is None:
         return []
     frames: list[NativeFrame] = []
@@ -115,7 +118,7 @@ def locals_lines(verdict: Verdict, most: int) -> list[str]:
 
 
 def gap(verdict: Verdict) -> str:
-    """Return why the native stack is missing or not complete; empty if it is complete."""
+    """Return why the native stack is missing or incomplete; "" if it is complete."""
     crash = verdict.crash_cell
     if crash is None or crash.native_error is None:
         return ""

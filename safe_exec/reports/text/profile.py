@@ -8,7 +8,7 @@ from safe_exec.units import format_seconds
 
 
 def hottest(verdict: Verdict) -> ProfileLine | None:
-    """Return the line that itself took the most time."""
+    """Return the line with the most time of its own, without the functions that it called."""
     return max(verdict.profile, key=lambda row: row.own_seconds, default=None)
 
 

@@ -12,7 +12,7 @@ _PRIVILEGED = (
 
 
 def container_fixes(machine: HostCapabilities, host: HostFacts) -> tuple[Fix, ...]:
-    """Return the way to start this container with its own cgroups, and the steps inside."""
+    """Return the fixes for a container: start it with its own cgroups, and delegate them inside."""
     if host.tree is CgroupTree.V2 and not host.read_only:
         return (
             Fix(
@@ -25,7 +25,7 @@ def container_fixes(machine: HostCapabilities, host: HostFacts) -> tuple[Fix, ..
 
 
 def _starts(host: HostFacts) -> tuple[tuple[str, str, str], ...]:
-    """Return title, command and cost of each way to start the container, gentlest first."""
+    """Return title, command and cost of each way to start the container; the safest is first."""
     unified = host.tree is CgroupTree.V2
     in_workflow = "; in a workflow they belong under container: options:" if host.github else ""
     privileged = f"{_PRIVILEGED}{in_workflow}"

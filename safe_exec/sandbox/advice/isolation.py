@@ -18,7 +18,10 @@ SIZES = (LimitName.DISK, LimitName.SHM)
 
 
 class WallRemedy(Struct, frozen=True, kw_only=True):
-    """The reason why some walls or file system limits are weak, and fixes, best first."""
+    """The reason why some walls or file system limits are weak, and its fixes.
+
+    The best is first.
+    """
 
     walls: tuple[Wall, ...]
     limits: tuple[LimitName, ...]
@@ -120,7 +123,7 @@ def _install(machine: HostCapabilities, host: HostFacts) -> Fix:
 
 
 def _newer(machine: HostCapabilities, host: HostFacts) -> Fix:
-    """Return the fix for an installed bubblewrap that fails without a known reason."""
+    """Return the fix for a bubblewrap that fails without a known reason: a newer version."""
     return Fix(
         title="see what bubblewrap itself says, or install a newer one",
         steps=(

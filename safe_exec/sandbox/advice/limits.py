@@ -102,7 +102,7 @@ def _swap_extends(machine: HostCapabilities, plan: SpawnPlan) -> bool:
 
 
 def _has_groups(machine: HostCapabilities) -> bool:
-    """Whether we can make cgroups in the unified tree, maybe without every controller."""
+    """Whether we can make cgroups in the unified tree, even if some controllers are missing."""
     return machine.v2 is not None or machine.scope is not None
 
 
@@ -179,7 +179,7 @@ def _delegate_the_rest(machine: HostCapabilities, host: HostFacts) -> Fix:
 
 
 def _root_fixes(host: HostFacts) -> tuple[Fix, ...]:
-    """Return the fixes for root without a cgroup of its own."""
+    """Return the fixes for root if it has no usable cgroup."""
     # Root lacks a cgroup for one of three reasons: the hierarchy is not mounted, it is mounted
     # read-only, or the root cgroup does not delegate controllers.
     if host.tree is CgroupTree.NONE:
@@ -219,7 +219,7 @@ def _root_fixes(host: HostFacts) -> tuple[Fix, ...]:
 
 
 def _user_fixes(machine: HostCapabilities, host: HostFacts) -> tuple[Fix, ...]:
-    """Return the fixes for an ordinary user."""
+    """Return the fixes that give an ordinary user a cgroup: by a systemd scope, or by root."""
     # In order of privileges: a scope of the user's own systemd, a cgroup that root gives to the
     # user, running as root.
     if host.tree is CgroupTree.V2 and host.systemd and host.systemd_run:
@@ -344,7 +344,10 @@ def _wsl_ways(machine: HostCapabilities, host: HostFacts) -> tuple[Fix, ...]:
 
 
 def _wsl_systemd() -> Fix:
-    """Microsoft's "Advanced settings configuration in WSL": ``[boot] systemd`` of wsl.conf."""
+    """Return the fix that turns systemd on in WSL.
+
+    Source: Microsoft, "Advanced settings configuration in WSL", ``[boot] systemd`` in wsl.conf.
+    """
     return Fix(
         title="have WSL start systemd, which gives each user groups; then ask doctor again",
         steps=(

@@ -182,7 +182,7 @@ def _no_filter() -> str:
 def _v2_ground(
     tree: cgroup_delegation.CgroupHierarchy | None, allowed: frozenset[Mechanism]
 ) -> tuple[cgroup_delegation.DelegationTarget, cgroup_delegation.Scope | None, str]:
-    """Return the unified cgroup for ours, or the scope that systemd makes, and why not."""
+    """Return the cgroup below which ours are made, or systemd's scope, or why there is neither."""
     # A probe scope costs a start of systemd-run. So ask systemd only if no cgroup is usable without
     # it.
     if tree is None:

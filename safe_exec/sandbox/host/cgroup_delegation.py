@@ -107,8 +107,8 @@ class Scope(Struct, frozen=True, kw_only=True):
 class DelegationTarget(Struct, frozen=True, kw_only=True):
     """A cgroup below which ours can be made, or the reason why there is none.
 
-    ``needs_leaf``: it is our own cgroup, and our processes in it must move to a leaf first.
-    ``owned_by_systemd``: it is a unit that systemd did not delegate; use it as a last resort.
+    ``needs_leaf``: it is our own cgroup, so our processes in it must move to a leaf first.
+    ``owned_by_systemd``: it is a unit that systemd did not delegate, and so a last resort.
     """
 
     parent: Path | None = None

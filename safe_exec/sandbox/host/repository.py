@@ -29,7 +29,7 @@ STAYS_CLOSED = "only the notebook's folder is left open (--show PATH or --writab
 class RepositoryAccess(Struct, frozen=True, kw_only=True):
     """The root of the repository, ``None`` without one, and its use in this run.
 
-    ``warning`` tells why less is open than requested.
+    ``warning`` tells why the notebook gets less access than requested.
     """
 
     root: Path | None = None

@@ -1,36 +1,35 @@
-"""System calls that no notebook needs, refused: a classic BPF program over struct seccomp_data.
+"""Builds the filter that refuses system calls which no notebook needs: a classic BPF program.
 
 Theory of operation (seccomp(2), bpf(2), prctl(2); kernel documentation userspace-api/seccomp_filter
 and userspace-api/no_new_privs). keeper/seccomp.py installs a program in the kernel's process.
 
-Everything is allowed but what is listed here, in five kinds:
+All calls are allowed except those listed here, in five groups:
 
-* ``NEVER``: looking into or steering other processes, mounts and namespaces, the clock, modules,
-  keys of the machine. They give EPERM, or end the process with SIGSYS where the refusal is
-  ``kill``.
-* ``PROBED``: what ordinary libraries try and do without. Always EPERM; each row says who tries.
+* ``NEVER``: calls that inspect or control other processes, mounts and namespaces, the clock, kernel
+  modules, or keys. They fail with EPERM, or end the process with SIGSYS if the refusal is ``kill``.
+* ``PROBED``: calls that libraries try and can do without. Always EPERM; each row names the caller.
 * ``JUDGED``: refused for some arguments only. A filter sees registers, not memory, and compares 32
-  bits: the kernel itself takes just the lower half of all the arguments that we look at, so the
-  upper half must not count, or setting it would get past us.
-* Calls newer than the filter (NEWEST): always ENOSYS, as on a system that does not have them, so
-  that libraries take an older one.
-* clone3(2): its flags lie in memory, where no filter can see them. Always ENOSYS, upon which glibc,
-  musl, Go and Rust take clone(2).
+  bits. Linux ignores the upper half of these arguments, so the filter has to ignore it too: a
+  program could set it to avoid a match.
+* Calls newer than the filter (NEWEST): always ENOSYS, as on an older system, so that libraries fall
+  back to older calls.
+* clone3(2): its flags lie in memory, where no filter can see them. Always ENOSYS; glibc, musl, Go
+  and Rust then use clone(2).
 
 A call of another architecture (32-bit programs on a 64-bit machine), where the same numbers mean
-other calls, ends the process. So does, where the refusal is ``kill``, one of the x32 ABI, else it
-gives EPERM; number -1 is no call, but what a tracer leaves of one that it skips.
+other calls, ends the process. A call of the x32 ABI ends it too if the refusal is ``kill``, and
+fails with EPERM otherwise. Number -1 is allowed: a tracer sets it to skip a call.
 
 Allowed on purpose: process_madvise(2) (hints; jemalloc purges its own memory with it),
-name_to_handle_at(2) (tells a name, opens nothing: open_by_handle_at(2), which goes past all
-directories, is refused), pidfd_open(2) (asyncio waits with it), netlink sockets (getaddrinfo),
-further filters and walls (seccomp(2), landlock(7): browsers bring their own), personality(2) as far
-as it turns address randomization off (debuggers, sanitizers, Lisp), and clone(2) with no new
-namespace: threads and fork.
+name_to_handle_at(2) (returns a handle and opens nothing; open_by_handle_at(2), which bypasses the
+permissions of directories, is refused), pidfd_open(2) (asyncio waits with it), netlink sockets
+(getaddrinfo), further restrictions (seccomp(2), landlock(7): browsers have their own),
+personality(2) to turn address randomization off (debuggers, sanitizers, Lisp), and clone(2) without
+a new namespace: threads and fork.
 
-The programs are shipped ready made, in the format that ``bwrap --seccomp`` takes as well; ``python
--m safe_exec.sandbox.host.seccomp_policy`` writes them anew. The system remembers which numbers are always
-allowed (since Linux 5.11) and runs no filter for them.
+The package contains the compiled filters, in the format that ``bwrap --seccomp`` accepts too;
+``python -m safe_exec.sandbox.host.seccomp_policy`` compiles them again. Since Linux 5.11 the system
+remembers which numbers are always allowed, and runs no filter for them.
 """
 
 from __future__ import annotations
@@ -192,7 +191,7 @@ _INSTRUCTION = struct.Struct("<HBBI")  # struct sock_filter
 
 
 class _Line:
-    """An instruction; the jumps are names of places further down, or none for the next line."""
+    """An instruction; a jump is the name of a label below, ``None`` for the next line."""
 
     def __init__(self, code: int, operand: int, yes: str = "", no: str = "") -> None:
         self.code, self.operand, self.yes, self.no = code, operand, yes, no
@@ -242,9 +241,9 @@ def _each(numbers: Numbers, column: int, place: str) -> Iterator[_Line]:
 
 
 def _judgements() -> list[_Line | str]:
-    """Return the decisions for calls that depend on an argument.
+    """Return the instructions for calls that depend on an argument.
 
-    Each place ends in a verdict of its own.
+    Each label's code ends by itself.
     """
     allow = _Line(RETURN, ALLOW)
     return [
@@ -274,7 +273,10 @@ def _argument(index: int) -> _Line:
 
 
 def _assemble(lines: list[_Line | str]) -> bytes:
-    """Names become distances, counted from the instruction after the jump; one byte holds them."""
+    """Encode the lines.
+
+    A jump's label becomes a distance from the next instruction, in one byte.
+    """
     places: dict[str, int] = {}
     code: list[_Line] = []
     for line in lines:

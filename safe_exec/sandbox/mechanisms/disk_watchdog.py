@@ -79,7 +79,7 @@ class DiskWatch(threading.Thread):
                 return
 
     def check(self, *, last: bool = False) -> bool:
-        """Measure if it is time to; true if the growth exceeds the limit.
+        """Measure if a measurement is due; true if the growth exceeds the limit.
 
         The ``last`` check of a run always measures, unless that takes long.
         """

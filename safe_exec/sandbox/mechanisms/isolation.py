@@ -33,7 +33,10 @@ NOT_ALLOWED = "it is not among the mechanisms allowed"
 
 
 class IsolationPlan(Struct, frozen=True, kw_only=True):
-    """Which mechanism enforces which wall: ``enclosed`` in bubblewrap, or ``landlock``."""
+    """The mechanism of each wall.
+
+    ``enclosed``: the kernel runs in bubblewrap. ``landlock``: it is used.
+    """
 
     walls: Mapping[Wall, Enforcement] = field(default_factory=dict)
     enclosed: bool = False

@@ -12,7 +12,7 @@ from safe_exec.sandbox.plan import Offer
 
 
 class Placement(Struct, frozen=True, kw_only=True):
-    """Where a sandbox will run: the name of its cgroups, and whether it is inside bubblewrap."""
+    """The name of a sandbox's cgroups, and whether its kernel runs inside bubblewrap."""
 
     cgroup: str = "safe-exec"
     enclosed: bool = False

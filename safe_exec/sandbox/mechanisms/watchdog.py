@@ -117,7 +117,7 @@ class Watchdog(threading.Thread):
             return self._passed
 
     def judge(self, use: TreeUse) -> None:
-        """Compare a reading of the processes that others made with the memory limit."""
+        """Compare the memory limit with a reading of the processes that the caller has taken."""
         # A peak of a few milliseconds falls between two checks, above all on a busy machine. Only
         # the lower bound counts: no page in it is counted twice.
         allowed = self._limits.memory

@@ -117,7 +117,7 @@ class Meter:
         tree: ProcessTree | None = None,
         on_use: Callable[[TreeUse], None] | None = None,
     ) -> None:
-        """Open the files of the counters; ``on_use`` is told of each reading of the processes."""
+        """Open the counter files; ``on_use`` is called with each reading of the processes."""
         self._plan = plan
         self._on_use = on_use
         files = {Path(path).name: Path(path) for path in plan.cgroup.counter_files}
@@ -199,7 +199,7 @@ class Meter:
         return _cpu_seconds(self._cpu.read())
 
     def oom_kills(self) -> int | None:
-        """Read the number of OOM kills alone, from one small file."""
+        """Read only the number of OOM kills, from one small file."""
         return _entry((self._kills.read() if self._kills else None) or b"", b"oom_kill")
 
     def bound_hit(self) -> Bound | None:
@@ -274,7 +274,7 @@ def parse_counters(texts: Mapping[str, str | None]) -> Counters:
 
 
 def _entry(text: bytes, key: bytes) -> int | None:
-    """Return one number of a file of keys and numbers."""
+    """Return the number of a key, in a file with one key and number per line."""
     _, mark, value = (b"\n" + text).partition(b"\n" + key + b" ")
     return _parse_number(value.partition(b"\n")[0]) if mark else None
 

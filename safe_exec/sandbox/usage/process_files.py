@@ -115,7 +115,7 @@ class ProcessFiles:
         )
 
     def _live_task(self, pid: int) -> int:
-        """Return a thread that still lives after the first one has ended."""
+        """Return a live thread of a process whose first thread has ended."""
         # After the end of the first thread the files of the process itself are empty.
         with contextlib.suppress(OSError):
             return next(

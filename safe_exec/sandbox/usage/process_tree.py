@@ -132,7 +132,7 @@ class ProcessTree:
             return self._use
 
     def count(self) -> SharedCount:
-        """Count shared pages once, now."""
+        """Count the memory now, with each shared page counted once."""
         with self._lock:
             members = self._with_memory()
             self._count = count_once(self._files, members, self._open_files)

@@ -42,13 +42,13 @@ class SharedCount(Struct, frozen=True, kw_only=True):
 
 
 def lower_bound(members: Sequence[Member], open_files: int) -> int:
-    """Return the least memory that the processes can use: they share all that they can."""
+    """Return a lower bound of the processes' memory: they share as many pages as possible."""
     shared = max((open_files, *(member.shmem for member in members)))
     return shared + max((member.anonymous for member in members), default=0)
 
 
 def upper_bound(members: Sequence[Member], open_files: int) -> int:
-    """Return the most memory that the processes can use: they share nothing.
+    """Return an upper bound of the processes' memory: they share no pages.
 
     ``open_files`` are the bytes of open files in memory.
     """

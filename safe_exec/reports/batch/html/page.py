@@ -118,7 +118,10 @@ def _frame(batch: BatchResult) -> tuple[str, str]:
 
 
 def _source(content: str) -> str:
-    """Return the hash that allows this inline style or script (Content Security Policy 3, 2.3.1)."""
+    """Return the hash by which the page's security policy allows this inline style or script.
+
+    Source: Content Security Policy 3, 2.3.1.
+    """
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 

@@ -23,10 +23,10 @@ from safe_exec.reports.text import common, culprits, memory, native, profile
 from safe_exec.units import format_seconds, format_size
 
 MOST_LINES = 300
-"""The lines shown of the crash cell; of a culprit a fifth as many are shown."""
+"""The most lines of the crash cell on the page; of a culprit a fifth of that."""
 LINE_WIDTH = 300
 USUAL_WIDTH = 60
-"""The average length of a line from which fewer lines are shown."""
+"""Cells with a larger average line length are cut to fewer lines."""
 MOST_CULPRITS = 20
 # The page has so many colours for them.
 MOST_STACKED = 4
@@ -36,7 +36,7 @@ MOST_FRAMES = 50
 STDERR_WIDTH = 6000
 MOST_POINTS, LEAST_POINTS = 400, 80
 ALL_POINTS = 60_000
-"""The points of all timelines of a page together, about 2 MiB."""
+"""The most points of all timelines of a page together, about 2 MiB."""
 
 
 def row(report: NotebookReport) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def _failure(report: NotebookReport, verdict: Verdict) -> dict[str, Any]:
 
 
 def _other_failure(report: NotebookReport, verdict: Verdict) -> dict[str, Any]:
-    """Return a further failure of the run: its headline and what is drawn below it."""
+    """Return a further failure of the run: its headline and the details below it."""
     data = _failure(report, verdict)
     return {"headline": common.headline(verdict)} | {
         key: data[key] for key in ("crash", "culprits", "why", "confidence") if key in data
