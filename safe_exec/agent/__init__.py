@@ -1,4 +1,4 @@
-"""The code that runs inside a Python kernel: it records what a dead process can no longer tell.
+"""The code that runs inside a Python kernel: it reports facts that a dead process no longer can.
 
 It uses the standard library only. ``bootstrap.py`` starts it by path, before the kernel's own
 command, in an environment where safe-exec need not be installed. The package has another name

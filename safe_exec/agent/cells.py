@@ -141,7 +141,7 @@ def source_of(inside, name):
 
 
 def traceback_rows(inside, entry):
-    """The frames of a traceback, outermost first, each once."""
+    """Return the rows of a traceback, outermost first, without repetitions."""
     # An error in a trace function (a debugger's) passes the frame that was traced twice.
     rows, last = [], None
     while entry is not None:

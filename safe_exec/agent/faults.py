@@ -38,7 +38,7 @@ def arm(inside):
 
 
 def watch_handler(inside):
-    """Report when the fault handler loses SIGSEGV: then no report is to be expected.
+    """Report if another handler replaces faulthandler's for SIGSEGV, which then writes no report.
 
     A notebook may turn it off, and libraries (JVM, R) install handlers of their own.
     """

@@ -214,7 +214,7 @@ class LineCoverage:
                 self.changed.notify_all()
 
     def write(self):
-        """Write rows for what is new."""
+        """Write rows for the lines recorded since the last call."""
         self.call(self.collect)
         if self.is_ending:
             self.call(self.look_for_unrun)

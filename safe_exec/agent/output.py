@@ -266,7 +266,7 @@ def patch_messages(inside):
 
 
 def patch_descriptors(inside):
-    """Save the output of C code on descriptors 1 and 2 from a crash of the process.
+    """Preserve the output of C code on descriptors 1 and 2 if the process crashes.
 
     ipykernel reads its pipe in a thread; data that it has read but not forwarded is lost when the
     process aborts. So the data is copied with tee(2), which leaves it in the pipe, forwarded, and

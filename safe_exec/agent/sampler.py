@@ -1,4 +1,4 @@
-"""A thread that samples where the main thread is."""
+"""A thread that samples the position of the main thread."""
 
 import faulthandler
 import json
@@ -66,8 +66,8 @@ def sample_forever(inside):
 def running(frame):
     """Return the frame that ran until now: the caller's, if a function has only just been entered.
 
-    Python hands over its lock at a function's first instruction, so what a C function of the caller
-    took in time and memory before the call would be charged to the function.
+    Python hands over its lock at a function's first instruction, so the time and memory that a C
+    function of the caller took before the call would be charged to the function.
     """
     if frame is None or frame.f_back is None or frame.f_lineno != frame.f_code.co_firstlineno:
         return frame

@@ -1,4 +1,4 @@
-"""Help with the options in groups, one line for each where possible."""
+"""Help texts with the options in groups; each option takes one line if possible."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def _unlikeness(one: str, other: str) -> float:
 
 
 def _value_missing(error: click.exceptions.BadOptionUsage, ctx: click.Context) -> str:
-    """Name the value that an option lacks, or the option that takes none."""
+    """Say which value an option lacks, or that it takes no value."""
     for parameter in ctx.command.params:
         if isinstance(parameter, click.Option) and error.option_name in parameter.opts:
             if parameter.is_flag:

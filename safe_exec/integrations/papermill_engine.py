@@ -48,12 +48,12 @@ class SafeExecEngine(Engine):  # type: ignore[misc]
         exit_is: str = "success",
         **unused_options: Any,
     ) -> None:
-        """Run the cells of ``nb_man.nb``; papermill's timeouts become limits of cells and start.
+        """Run the cells of ``nb_man.nb``.
 
-        ``limits``, ``options``, ``require``, ``walls`` and ``exit_is`` are as for
-        :func:`safe_exec.run`. Raises UsageError for wrong limits, PlatformError on anything but
-        Linux, KeyboardInterrupt after a signal, and SafeExecError if the notebook has no cell for
-        the error.
+        Papermill's timeouts become the limits of cells and start-up. ``limits``, ``options``,
+        ``require``, ``walls`` and ``exit_is`` are as for :func:`safe_exec.run`. Raises UsageError
+        for wrong limits, PlatformError on anything but Linux, KeyboardInterrupt after a signal, and
+        SafeExecError if the notebook has no cell for the error.
         """
         engine_options = dict(options or {})
         # ``timeout`` is nbclient's name, which papermill's own engine accepts as well.

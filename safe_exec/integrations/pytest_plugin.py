@@ -474,7 +474,7 @@ def _is_named_text(path: Path, session: pytest.Session) -> bool:
 
 
 def is_collected(path: Path) -> bool:
-    """Return whether a notebook was written by a person."""
+    """Return whether pytest collects a notebook: not one that safe-exec or Jupyter wrote."""
     return not path.name.endswith(OURS) and NOT_WALKED.isdisjoint(path.parts)
 
 

@@ -79,7 +79,7 @@ class Front:
         on_message: Callable[[str, Peer, Message], None],
         paused: Callable[[str], bool],
     ) -> None:
-        """Listen. Raises UsageError if an address is taken or invalid."""
+        """Listen on all addresses of ``file``. Raises UsageError if one is taken or invalid."""
         try:
             self.signer = Signer(file.key, file.scheme)
         except ValueError as error:

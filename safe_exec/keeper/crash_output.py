@@ -188,7 +188,7 @@ class CrashOutput:
             self._kernel_end = None
 
     def _read_following(self) -> bytes:
-        """Read the writes that follow closely, up to a fatal report not yet inspected."""
+        """Read the pieces that follow closely, up to a fatal report that was not inspected."""
         # The handler writes a few dozen bytes and waits until they are read. Telling the runner of
         # each write, and checking the memory in between, took longer than the rest of a death.
         assert self._fault is not None

@@ -34,7 +34,7 @@ class ExitStatus(Struct, frozen=True):
 
     @property
     def exit_code(self) -> int | None:
-        """The exit code, or ``None`` where a signal ended the process."""
+        """The exit code, ``None`` if a signal ended the process."""
         return os.WEXITSTATUS(self.raw) if os.WIFEXITED(self.raw) else None
 
     def __str__(self) -> str:

@@ -206,7 +206,7 @@ class NeedKind(StrEnum):
 
 
 class Access(StrEnum):
-    """The access that isolation leaves to a thing."""
+    """The access to a thing that isolation leaves."""
 
     OPEN = "open"
     READ_ONLY = "read_only"

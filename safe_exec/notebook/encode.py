@@ -1,8 +1,8 @@
 """Encodes notebooks as JSON exactly as nbformat does, piece by piece, and safely for any content.
 
-The encoder is our own for memory's sake. Python's needs all texts of a notebook once more as lists
-of lines, and with indentation it runs in pure Python; nbformat copies the whole notebook first.
-Here only one piece exists besides the notebook itself. Imports the standard library only.
+This encoder saves memory: only one piece exists besides the notebook itself. Python's encoder needs
+a second copy of all texts, as lists of lines, and with indentation it runs in pure Python; nbformat
+copies the whole notebook first. Imports the standard library only.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ LEAST_ROOM = 20
 
 
 class Style(Struct, frozen=True, kw_only=True):
-    """The abilities of a stream: its width in columns, colours, and its encoding."""
+    """The display capabilities of a stream: its width in columns, colours, and its encoding."""
 
     width: int = _PLAIN_WIDTH
     colour: bool = False

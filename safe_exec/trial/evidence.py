@@ -195,7 +195,7 @@ def _memory_peak(state: TrialState, kills: int | None, raw: int | None) -> int |
 def _children_memory(state: TrialState) -> int | None:
     """Return the memory of the kernel's child processes at the peak.
 
-    ``None`` if not seen near it.
+    ``None`` if they were not measured near the peak.
     """
     watched, sampled = _watched(state), state.metrics.highest
     highest = max(

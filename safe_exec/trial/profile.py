@@ -40,7 +40,10 @@ class TimeProfile:
             self._seconds[place] += duration
 
     def lines(self, code_indices: Mapping[int, int]) -> tuple[ProfileLine, ...]:
-        """Return the lines that took the most time, by ``code_index`` for each cell's index."""
+        """Return the lines that took the most time.
+
+        ``code_indices`` maps cell indexes to code cells.
+        """
         lines = [
             ProfileLine(
                 code_index=code_indices[cell],

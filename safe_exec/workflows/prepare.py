@@ -210,8 +210,8 @@ def prepare(
 ) -> PreparedJob:
     """Read and check all input and every output path.
 
-    ``source`` is a notebook that was read before. The kernel of ``kernel`` starts as soon as its
-    limits are known. Raises UsageError and its subclasses; nothing has been written then.
+    ``source`` is a notebook that was read before. With ``kernel`` the kernel starts as soon as its
+    limits are known. Raises UsageError or a subclass before anything is written.
     """
     started, started_at = time.monotonic(), datetime.now(UTC)
     source = source or notebook.Source.of(job.path)

@@ -199,7 +199,7 @@ def put_piece(digest: str, transfer: str, data: bytes, *, last: bool) -> None:
 def enter(request: NotebookRequest, place: Path) -> Workspace:
     """Change to the directory in which paths of the request are valid; unpack an archive first.
 
-    ``place`` is where the archive goes. Raises UsageError and OSError.
+    ``place`` is the directory to unpack into. Raises UsageError and OSError.
     """
     documents = place.with_name("documents")
     originals = [(str(documents), request.out)]

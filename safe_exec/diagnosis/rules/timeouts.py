@@ -1,7 +1,7 @@
-"""Wall time and processor time: which one ran out, and what the kernel was doing then.
+"""Wall time and processor time: which one ran out, and the kernel's activity at that moment.
 
-The system's observations (state, processor time, blocking call) decide what it was doing; the
-Python stack only refines the answer.
+Observations of the system (state, processor time, blocking call) decide the activity; the Python
+stack only refines the answer.
 """
 
 from __future__ import annotations

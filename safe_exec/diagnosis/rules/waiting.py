@@ -169,7 +169,7 @@ def _waits_for_executor(observation: ActivityObservation) -> bool:
 def _waits_for_shell(observation: ActivityObservation) -> bool:
     """Tell whether a kernel that drives a shell waits for a child of that shell.
 
-    Such a kernel waits at a terminal whatever runs there.
+    Such a kernel reads from the shell's terminal, whatever program runs there.
     """
     return not observation.instrumented and any(
         process.syscall in WAITS and not process.adopted for process in observation.processes

@@ -210,7 +210,7 @@ def why_not_searched(verdict: Verdict, *, always: bool) -> str | None:
 def answer(
     failure: Failure, ending: Ending, cause: Cause | None
 ) -> tuple[Outcome, int | None, frozenset[str]]:
-    """Return a trial's outcome, the cell where an unresolved one stopped, and undefined names.
+    """Return a trial's outcome, the cell at which it stopped unresolved, and the undefined names.
 
     An undefined name reveals a dependency. The caller records any other death but does not follow
     it.

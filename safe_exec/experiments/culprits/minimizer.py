@@ -338,7 +338,7 @@ class _Searcher:
         return self.close({*base, *candidates[:count]})
 
     def steps(self, base: frozenset[int], candidates: list[int], upper: int) -> list[int]:
-        """Return the numbers of candidates to try, in ascending order.
+        """Return how many candidates to add in each try, in ascending order.
 
         First comes an estimate for a resource that adds up, then whole classes of risk, then all of
         them.

@@ -139,7 +139,7 @@ def _steps(node: ast.stmt) -> list[ast.AST | None]:
 
 
 def surely_read(body: Sequence[ast.stmt], specials: Mapping[str, Special]) -> Iterator[Read]:
-    """Yield each name once that the statements are certain to read."""
+    """Yield the names that the statements are certain to read, without repetitions."""
     # A statement that begins on the line where another ends counts as part of it: the line of a
     # crash cannot tell them apart.
     skipped_names: set[str] = set()
@@ -371,7 +371,7 @@ class Dependencies:
         return binders, False
 
     def _makers(self, name: str, at: int, *, weak: bool) -> frozenset[int]:
-        """Return the cells that created the object behind a name when cell ``at`` begins."""
+        """Return the cells that created the object of a name, as it is when cell ``at`` begins."""
         if (makers := self._makers_memo.get((name, at, weak))) is None:
             # An uncertain binding leaves earlier ones possible.
             binders, certain = self._binders(name, at)

@@ -57,7 +57,7 @@ class Scale(Struct, frozen=True, kw_only=True):
 
     @property
     def is_integral(self) -> bool:
-        """Whether the limit counts things."""
+        """Whether the limit's values are whole numbers."""
         return self.unit == "count"
 
     @property

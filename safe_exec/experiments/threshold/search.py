@@ -110,8 +110,9 @@ class Bracket(Struct, frozen=True, kw_only=True):
     """The result of the search.
 
     Every run with ``passes`` or more passed (infinity: without a limit), every run with ``fails``
-    or less failed; ``None`` if there was no such run. ``wavers``: between the two, some runs passed
-    and others failed with as much or more. ``ended`` is ``None`` for a search that was completed.
+    or less failed; ``None`` if there was no such run. ``wavers``: between the two, a run failed
+    with a value at least as large as one that passed. ``ended`` is ``None`` for a search that was
+    completed.
     """
 
     # Every run with this value or more passed; infinity means without a limit.

@@ -27,4 +27,4 @@ class OfferFunction(Protocol):
     def __call__(
         self, limits: Limits, machine: HostCapabilities, placement: Placement, /
     ) -> Offer | None:
-        """Return the mechanism's offer for the set limits, ``None`` if it is not available."""
+        """Return the mechanism's offer, ``None`` if the mechanism is not available."""

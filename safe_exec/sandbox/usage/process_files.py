@@ -124,7 +124,7 @@ class ProcessFiles:
         return 0
 
     def _memory_map(self, pid: int, task: int) -> tuple[int, int, int]:
-        """Return bytes of address space, resident memory, and its file and shared pages.
+        """Return the bytes of address space, resident memory, and resident file and shared pages.
 
         All are zero if the process has ended.
         """
