@@ -15,6 +15,9 @@ outside in three ways, all on descriptors that it was given:
 - *fault*: the descriptor that faulthandler writes to. ipykernel's own stderr is a pipe that the
   same process reads, so text written there during a crash is lost.
 
-Nothing here may change what a notebook sees. A patch that does not fit the installed ipykernel is
-left out and reported.
+A new fact is sent with ``Inside.fact`` from the module that observes it, and checked in
+``kernel/agent_facts.py``.
+
+Nothing here may change a notebook's view of its kernel. A patch that does not fit the installed
+ipykernel is left out and reported.
 """

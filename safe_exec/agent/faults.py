@@ -1,4 +1,4 @@
-"""Locates a death: stacks of fatal signals, and the line before calls that may not return."""
+"""Records where a kernel dies: the stack at a fatal signal, the line before risky calls."""
 
 import _thread
 import contextlib

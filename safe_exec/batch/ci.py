@@ -1,6 +1,6 @@
-"""Report a batch to the CI system it runs under: GitHub Actions or GitLab CI.
+"""Report a batch to the CI system that runs it: detect it, read its environment, add its reports.
 
-Only this module reads the environment; the formats themselves, in ``reports``, do not.
+The formats are in ``reports.batch.ci``, which does not read the environment.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def reports(*, github: bool, gitlab: bool) -> tuple[BatchReport, ...]:
 
 def append_summary(batch: BatchResult, path: Path) -> None:
     """Append the batch's summary to the job's summary. Raises OSError."""
-    from safe_exec.reports.batch import github
+    from safe_exec.reports.batch.ci import github
 
     # GitHub gives all steps of a job one summary file, so it is appended to, never replaced.
     with path.open("a", encoding="utf-8") as file:
@@ -54,14 +54,14 @@ def append_summary(batch: BatchResult, path: Path) -> None:
 
 def write_code_quality(batch: BatchResult, path: Path) -> None:
     """Write GitLab's code quality report, with paths relative to the checkout. Raises OSError."""
-    from safe_exec.reports.batch import gitlab
+    from safe_exec.reports.batch.ci import gitlab
 
     gitlab.write(batch, path, _checkout("CI_PROJECT_DIR"))
 
 
 def github_lines(batch: BatchResult) -> Iterator[str]:
     """Return the lines that GitHub reads from standard output; paths start at the checkout."""
-    from safe_exec.reports.batch import github
+    from safe_exec.reports.batch.ci import github
 
     return github.annotations(batch, _checkout("GITHUB_WORKSPACE"))
 

@@ -1,6 +1,7 @@
-"""A kernel in a sandbox, the client that talks to it, and the reader of the agent's facts.
+"""The runner's side of a kernel: it starts the kernel, talks to it, and reads the agent's facts.
 
-The agent itself, which runs inside the kernel's process, is the package ``agent``.
+The agent, which runs inside the kernel's process, is the package ``agent``. A new fact is observed
+there, and checked and stored in ``agent_facts`` here.
 """
 
 from safe_exec.platforms import refuse_elsewhere

@@ -94,12 +94,12 @@ class Page:
             finished=bool(line & layout.FINISHED),
         )
 
-    def request_stacks(self, wanted: bool) -> None:
+    def request_stacks(self, enabled: bool) -> None:
         """Ask the sampling thread for the stacks of all threads, or withdraw the request.
 
         It answers like the fault handler.
         """
-        self._memory[layout.REQUEST_AT] = int(wanted)
+        self._memory[layout.REQUEST_AT] = int(enabled)
 
     def counts(self) -> tuple[int, int]:
         """Return the numbers of characters written to stdout and stderr, sent or not."""

@@ -1,4 +1,5 @@
-"""Limits and isolation from profiles, files, notebooks and options.
+"""The values of limits and isolation, from profiles, files, notebooks and options.
 
-A new limit starts in ``spec``. The types are in ``model.limits``, the enforcement in ``sandbox``.
+A new limit starts in ``spec``. Its type is in ``model.limits``. ``sandbox.mechanisms`` enforces it:
+a limit of control groups in ``cgroup_v1`` and ``cgroup_v2`` there.
 """

@@ -206,7 +206,7 @@ class NeedKind(StrEnum):
 
 
 class Access(StrEnum):
-    """The access to a thing that isolation leaves."""
+    """The access that isolation leaves: full, read-only, or none."""
 
     OPEN = "open"
     READ_ONLY = "read_only"

@@ -56,8 +56,7 @@ def annotate(
     """Return an annotated copy of ``executed``, the notebook with the outputs collected so far.
 
     ``hide`` removes secrets from lines of source. Without ``figures`` nothing is added to metadata.
-    The copy shares single outputs with ``executed``,
-    which is not changed.
+    The copy shares single outputs with ``executed``, which stays as it is.
     """
     notebook = _copied(executed)
     notebook.cells = [_copied(cell) for cell in executed.cells]

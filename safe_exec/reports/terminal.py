@@ -31,7 +31,7 @@ _ASCII = str.maketrans({"✗": "x", "✓": "ok", "│": "|", "·": "-", "…": "
 # --- streams --------------------------------------------------------------------------------
 
 LEAST_ROOM = 20
-"""The columns that a line of source needs at least to be useful."""
+"""The least width for a line of source, in columns."""
 
 
 class Style(Struct, frozen=True, kw_only=True):

@@ -12,8 +12,8 @@ import xmlschema
 
 from tests.integration.test_batch import Place, place
 from tests.support import ROOT, make_notebook
-from tests.unit.reports.batch.test_github import read
-from tests.unit.reports.batch.test_gitlab import SCHEMA as CODE_QUALITY
+from tests.unit.reports.batch.ci.test_github import read
+from tests.unit.reports.batch.ci.test_gitlab import SCHEMA as CODE_QUALITY
 
 pytestmark = [pytest.mark.kills]
 __all__ = ["place"]

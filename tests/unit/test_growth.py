@@ -19,7 +19,8 @@ from safe_exec.experiments.workspace import take
 from safe_exec.model.verdict import CellStatus, Status, Verdict
 from safe_exec.notebook import notebook
 from safe_exec.reports import annotated_notebook, terminal, verdict_json
-from safe_exec.reports.batch import github, gitlab, junit, summary_json
+from safe_exec.reports.batch import junit, summary_json
+from safe_exec.reports.batch.ci import github, gitlab
 from safe_exec.reports.batch.html import page
 from safe_exec.reports.batch.results import BatchResult
 from tests.unit.batches import make_batch, make_entry

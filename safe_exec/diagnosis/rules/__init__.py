@@ -1,7 +1,7 @@
 """The rules that find the cause from the evidence: pure functions, one file per family.
 
-The rules are asked in order, and the first answer counts. A new rule is a function and a line in
-RULES.
+The rules are asked in order, and the first answer counts. A new cause is a word of ``CauseKind``
+(``model.verdict``), a function in the file of its family, and a line in RULES.
 """
 
 from __future__ import annotations

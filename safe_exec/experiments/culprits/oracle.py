@@ -621,7 +621,7 @@ def _to_cache(answered: AnsweredQuery) -> CachedAnswer:
 
 
 def _from_cache(entry: CachedAnswer) -> AnsweredQuery:
-    """Decode a cache entry; using it costs no seconds. ``None`` for another format."""
+    """Convert a cache entry; its reply costs no seconds."""
     reply = Reply(
         answer=entry.answer,
         seconds=0.0,

@@ -132,7 +132,7 @@ def counted(count: int, thing: str) -> str:
 
 
 def path_seen(path: str, verdict: Verdict) -> str:
-    """Return a path relative to the directory of the run; it may not be printable."""
+    """Return a path relative to the directory of the run, with any unprintable characters."""
     return path.removeprefix(verdict.cwd.rstrip("/") + "/")
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from safe_exec.batch.ci import CODE_QUALITY
 from safe_exec.batch.outcome import STATUSES
 from safe_exec.batch.report_registry import BATCH_REPORTS
-from safe_exec.reports.batch import gitlab, junit, source_map
+from safe_exec.reports.batch import junit, source_map
+from safe_exec.reports.batch.ci import gitlab
 from safe_exec.reports.batch.text import Outcome, outcome
 from tests.unit.batches import every_entry, make_batch
 from tests.unit.reports.batch.test_junit import properties, written

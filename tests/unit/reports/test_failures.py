@@ -13,7 +13,8 @@ from msgspec.structs import replace
 from safe_exec.model.verdict import CauseKind, CellStatus, FailureRecord, Role, Status, Verdict
 from safe_exec.reports import verdict_json
 from safe_exec.reports.annotated_notebook import annotate
-from safe_exec.reports.batch import github, gitlab, junit
+from safe_exec.reports.batch import junit
+from safe_exec.reports.batch.ci import github, gitlab
 from safe_exec.reports.batch.html import page_data
 from safe_exec.reports.batch.text import NotebookReport
 from safe_exec.reports.terminal import Style, diagnosis

@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from msgspec.structs import replace
 
 from safe_exec.model.verdict import CauseKind, Status
-from safe_exec.reports.batch import github
+from safe_exec.reports.batch.ci import github
 from safe_exec.reports.batch.results import BatchResult
 from tests.unit.batches import every_entry, make_batch, make_entry
 from tests.unit.builders import make_cause, make_crash, make_culprits, make_verdict

@@ -31,7 +31,7 @@ _OTHER_SEVERITY = "blocker"
 
 
 def write(batch: BatchResult, path: Path, base: Path | None = None) -> None:
-    """Write the report to ``path`` with paths relative to ``base``, the checkout. Raises OSError."""
+    """Write the report to ``path``; its paths are relative to ``base``. Raises OSError."""
     write_pieces_atomically(path, _document(batch, base or batch.root))
 
 

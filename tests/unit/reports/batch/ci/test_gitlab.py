@@ -10,7 +10,7 @@ from jsonschema import Draft202012Validator
 from msgspec.structs import replace
 
 from safe_exec.model.verdict import CauseKind, Status
-from safe_exec.reports.batch import gitlab
+from safe_exec.reports.batch.ci import gitlab
 from safe_exec.reports.batch.results import BatchResult
 from tests.unit.batches import SOURCES, every_entry, make_batch, make_entry
 from tests.unit.builders import make_crash, make_culprits, make_verdict
