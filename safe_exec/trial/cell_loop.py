@@ -106,6 +106,8 @@ class CellLoop:
                     self.request.cells is not None and index not in self.request.cells
                 ):
                     continue
+                if self.request.is_wanted is not None and not await self.request.is_wanted(index):
+                    continue
                 if self._is_skipped(index, cell):
                     self.metrics.skip(index)
                     continue

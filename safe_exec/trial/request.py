@@ -110,6 +110,8 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
     cancellation: Cancellation = field(default_factory=Cancellation)
     # Awaited once the kernel is ready.
     before_cells: Callable[[], Awaitable[None]] | None = None
+    # Awaited with the index of each code cell when it is its turn; tells whether to run it.
+    is_wanted: Callable[[int], Awaitable[bool]] | None = None
     # Kill the kernel when its cells have run: nobody needs the effects of its exit hooks.
     hasty: bool = False
     # Show local variables in the native stack of a crash.

@@ -41,7 +41,8 @@ def test_a_long_cell_runs_once_for_all_answers_and_once_to_confirm_them(place: P
     assert search["forked"] >= 4
     assert (search["fork_note"], search["disagreements"]) == (None, 0)
     assert search["reproduced"] == [1, 1]
-    # The run itself, once for the forks, and the confirmation. The reproduction goes without it.
+    # The run itself, once for the forks, and once in the trial beside them, which is the only one. The
+    # reproduction goes without it.
     assert len(runs.read_text()) == 3
 
 

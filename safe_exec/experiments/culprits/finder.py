@@ -50,7 +50,9 @@ ERRATIC = MEMORY | {
 }
 # How much more suspicious a cell is that hands a name of the slice to somebody else.
 WEAK = 0.5
-# The reduction of the reproduction may take as long as the search before it, and at least so long.
+# The reduction of the reproduction goes on until the search has taken so many times the first run,
+# and for so many seconds at least.
+MOST_FIRST_RUNS = 2.0
 LEAST_REDUCTION_SECONDS = 20.0
 # A search for a hang takes so much longer than the cell's timeout, the settling of its last trial
 # included.
@@ -340,7 +342,9 @@ class Investigation:
         if self.crash.line is None:
             return
         elapsed = time.monotonic() - self.start_time
-        end = time.monotonic() + min(self.remaining(), max(LEAST_REDUCTION_SECONDS, elapsed))
+        first_seconds = self.first_run.verdict.usage.wall_seconds or 0.0
+        seconds = max(LEAST_REDUCTION_SECONDS, MOST_FIRST_RUNS * first_seconds - elapsed)
+        end = time.monotonic() + min(self.remaining(), seconds)
         steps = reduction.steps(
             start_seconds=sum(self.records[index].seconds or 0.0 for index in cells),
             remaining=lambda: end - time.monotonic(),

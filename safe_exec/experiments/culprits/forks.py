@@ -126,7 +126,7 @@ class Forks:
         """Run cells in a fork; ``None`` if only a trial from scratch can tell how they end."""
         if self.ended is not None:
             return None
-        if any(cell.index in self._with_files for cell in cells):
+        if not self.may_answer(cells):
             self._unbranchable["files that cells write"] = None
             return None
         try:
@@ -134,12 +134,16 @@ class Forks:
                 await self._start()
             deadline = time.monotonic() + time_budget
             answer = await self._run_and_judge(cells, time_budget)
-            if answer is not None and not (self.has_failed or answer.names):
+            if answer is not None and not (self.has_failed or answer.names or self._with_files):
                 await self._prove(deadline - time.monotonic())
         except ForksFailed as reason:
             await self.end(str(reason))
             return None
         return answer
+
+    def may_answer(self, cells: Sequence[ForkCell]) -> bool:
+        """Tell whether cells may be asked about: no fork is to find files of another one."""
+        return self.ended is None and not any(cell.index in self._with_files for cell in cells)
 
     async def _prove(self, time_budget: float) -> None:
         """Run all cells in a fork, to see that the failure occurs there too.

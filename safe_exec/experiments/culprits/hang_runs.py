@@ -41,7 +41,7 @@ class HangRuns:
         replaced_run = self._runs.pop(kind, None)
         self._runs[kind] = key, run
         if replaced_run is not None:
-            await _end(replaced_run[1].task)
+            await end(replaced_run[1].task)
 
     async def end_of(self, key: Hashable) -> HangRun | None:
         """Wait until the trial of these cells is over; ``None`` without one, and after a signal."""
@@ -49,24 +49,29 @@ class HangRuns:
         if kind is None:
             return None
         _, run = self._runs.pop(kind)
-        try:
-            # Signals are told to the trial that began last.
-            while not run.task.done() and not self._cancellation.signals:
-                await asyncio.wait({run.task}, timeout=LOOK_SECONDS)
-        finally:
-            if not run.task.done():
-                await _end(run.task)
-        return None if run.task.cancelled() else run
+        return run if await is_done(run.task, self._cancellation) else None
 
     async def close(self) -> None:
         """End all trials."""
         runs = [run for _, run in self._runs.values()]
         self._runs.clear()
         for run in runs:
-            await _end(run.task)
+            await end(run.task)
 
 
-async def _end(task: asyncio.Task[TrialResult]) -> None:
+async def is_done(task: asyncio.Task[TrialResult], cancellation: Cancellation) -> bool:
+    """Wait until a trial is over; false if a signal ended it."""
+    try:
+        # Signals are told to the trial that began last.
+        while not task.done() and not cancellation.signals:
+            await asyncio.wait({task}, timeout=LOOK_SECONDS)
+    finally:
+        if not task.done():
+            await end(task)
+    return not task.cancelled()
+
+
+async def end(task: asyncio.Task[TrialResult]) -> None:
     """Cancel a trial: it kills its processes."""
     task.cancel()
     await asyncio.wait({task})

@@ -57,6 +57,8 @@ ALWAYS = 5
 # How often a set is run that ended in the crash cell in another way, before it is believed not to
 # fail.
 ODD_LOOKS = 2
+# Larger sets than the slice that passed, and so show that it was no luck that the slice did.
+ENOUGH_PASSES = 2
 # Larger sets that are looked at, before all cells.
 MOST_LARGER = 3
 
@@ -373,6 +375,12 @@ class _Searcher:
         tally = self.tallies.get(cells)
         return tally is not None and tally.fails > 0
 
+    def passes_in_fork(self, cells: frozenset[int]) -> bool:
+        """Tell whether a set passed in a fork, and never failed."""
+        reply, tally = self.replies.get(cells), self.tallies[cells]
+        passed = reply is not None and reply.answer is Outcome.PASS and not reply.from_scratch
+        return passed and not tally.fails
+
     # --- failures that come and go ----------------------------------------------------------------
 
     def rate_of(self, cells: frozenset[int]) -> Generator[Query, Reply, None]:
@@ -497,6 +505,10 @@ class _Searcher:
         ):
             return True
         if base not in self.replies or self.lacks_a_name(base):
+            return True
+        # Larger sets that passed show the same, in forks of one kernel with the same memory.
+        larger_passes = sum(self.passes_in_fork(more) for more in self.tallies if more > base)
+        if self.passes_in_fork(base) and larger_passes >= ENOUGH_PASSES:
             return True
         return not (yield from self.run(base, fresh=True))
 

@@ -28,11 +28,12 @@ from safe_exec._version import __version__
 from safe_exec.cache import key_of
 from safe_exec.diagnosis.verdict import without_plumbing
 from safe_exec.experiments.culprits import failure as failures
+from safe_exec.experiments.culprits.companion import Companion
 from safe_exec.experiments.culprits.failure import TIMES, Failure
 from safe_exec.experiments.culprits.fork_answers import ForkAnswer, ForkCell
 from safe_exec.experiments.culprits.forks import Forks
 from safe_exec.experiments.culprits.hang import HangPicture, line_in, seconds_until_recognised
-from safe_exec.experiments.culprits.hang_runs import HangRun, HangRuns
+from safe_exec.experiments.culprits.hang_runs import HangRun, HangRuns, end, is_done
 from safe_exec.experiments.culprits.protocol import PASSED, Outcome, Query, Reply
 from safe_exec.experiments.rerun import (
     SETTLE_SECONDS,
@@ -173,11 +174,13 @@ class Oracle:
         self._forks = Forks(subject, workspaces)
         self._folder = workspaces.snapshot.fingerprint()
         self._next: _Started | None = None
+        self._companion: Companion | None = None
 
     async def close(self) -> None:
         """End all kernels: of the forks, of trials that go on, and of a query that never came."""
         await self._forks.close()
         await self._hang_runs.close()
+        await self._end_companion()
         started, self._next = self._next, None
         if started is not None:
             await started.trial.discard()
@@ -206,13 +209,19 @@ class Oracle:
             return _from_cache(entry)
         start_time = time.monotonic()
         cells = self._cells_of(query, node, origins)
+        if origins is None:
+            await self._accompany(query, may_ask=not query.fresh and self._forks.may_answer(cells))
         forked = None if query.fresh else await self._ask_fork(cells, query.time_budget)
         if forked is not None and self._is_believed(forked):
             if forked.outcome is Outcome.FAIL:
                 self._forked_sets.add(cells)
             return self._from_fork(query, forked, time.monotonic() - start_time)
-        answered, keep = await self._confirm_hang(query, cells, start_time) or await self._run(
-            query, node, crash, cells, start_time=start_time, hang_seconds=hang_seconds
+        answered, keep = (
+            await self._confirm_hang(query, cells, start_time)
+            or (origins is None and await self._from_companion(query, cells, start_time))
+            or await self._run(
+                query, node, crash, cells, start_time=start_time, hang_seconds=hang_seconds
+            )
         )
         await self._compare(query, answered.reply, cells, forked, of_cells=origins is None)
         if keep and self.cache is not None:
@@ -280,10 +289,67 @@ class Oracle:
 
     async def _ask_fork(self, cells: tuple[ForkCell, ...], time_budget: float) -> ForkAnswer | None:
         answer = await self._forks.answer(cells, time_budget)
-        if self._forks.is_running:
+        if self._forks.is_running and self._companion is None:
             # The result is confirmed from scratch: that kernel can start meanwhile.
             await self._start_next()
         return answer
+
+    # --- the run that goes along with the forks ---------------------------------------------------
+
+    async def _accompany(self, query: Query, *, may_ask: bool) -> None:
+        """Run the cells from scratch beside the forks, if their answer may need it.
+
+        ``may_ask``: forks will be asked.
+        """
+        companion = self._companion
+        if companion is not None and query.best and not companion.fits(query.best):
+            # The result will be another set.
+            await self._end_companion()
+        if not may_ask or self._forks.has_failed:
+            return
+        if companion is not None and companion.fits(query.cells):
+            return
+        await self._end_companion()
+        if not self._has_room():
+            return
+        started, self._next = self._next or self._start(), None
+        companion = self._companion = Companion(query.cells, self.subject.seconds)
+        companion.request = replace(
+            self._request(started.request, query, None),
+            cells=None,
+            is_wanted=companion.is_wanted,
+            before_cells=None,
+        )
+        companion.task = asyncio.create_task(started.trial.run(companion.request))
+
+    async def _from_companion(
+        self, query: Query, cells: tuple[ForkCell, ...], start_time: float
+    ) -> tuple[AnsweredQuery, bool] | None:
+        """Let the companion run these cells to the end; ``None`` if it cannot."""
+        companion, self._companion = self._companion, None
+        if companion is None or companion.task is None or companion.request is None:
+            return None
+        if not companion.fits(query.cells):
+            await end(companion.task)
+            return None
+        companion.decide(query.cells)
+        self.trials += 1
+        await self._start_next()
+        if not await is_done(companion.task, self.subject.request.cancellation):
+            return None
+        return self._judge(
+            companion.task.result(),
+            companion.request,
+            query,
+            None,
+            cells,
+            seconds=time.monotonic() - start_time,
+        )
+
+    async def _end_companion(self) -> None:
+        companion, self._companion = self._companion, None
+        if companion is not None and companion.task is not None:
+            await end(companion.task)
 
     def _is_believed(self, answer: ForkAnswer) -> bool:
         """Tell whether an answer from a fork counts without a trial from scratch."""

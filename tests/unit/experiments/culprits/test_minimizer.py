@@ -1413,3 +1413,18 @@ def test_a_result_that_somebody_else_confirms_is_not_run_again() -> None:
     assert result.minimal
     assert oracle.counts((1, 5)) == (1, 1)
     assert not any(query.fresh for query in oracle.asks)
+
+
+@pytest.mark.parametrize(("scratch", "runs"), [(False, (0, 1)), (True, (0, 2))])
+def test_larger_sets_that_passed_in_forks_stand_for_another_run_of_the_slice(
+    scratch: bool, runs: tuple[int, int]
+) -> None:
+    problem = thirty(side_effect_risk={3: 2.0, 4: 2.0}, erratic=True)
+
+    def says(cells: Cells) -> Reply:
+        answer = Outcome.FAIL if cells >= {3, 4, 29} else Outcome.PASS
+        return Reply(answer=answer, seconds=1.0, from_scratch=scratch)
+
+    result, oracle = solve(problem, says)
+    assert result.cells == (3, 4, 29)
+    assert oracle.counts((29,)) == runs

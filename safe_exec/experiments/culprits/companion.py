@@ -1,0 +1,59 @@
+"""A run from scratch that goes along with the forks, so that their answers need not wait for it.
+
+As long as no run has failed in a fork, nobody knows whether the forks can tell the failure: a trial
+from scratch decides. And in the end one confirms the culprits. The companion is begun with the
+first question to the forks. It waits after the cells that take long, until the search has decided
+about the others: if it decides for the same long ones, they need not run again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+
+from safe_exec.trial.request import TrialRequest, TrialResult
+
+# Cells before the crash cell that take less time together may as well run again.
+LEAST_SECONDS = 1.0
+# A cell that takes this share of their time takes long.
+LONG_SHARE = 0.1
+
+
+def first_to_wait(cells: Sequence[int], seconds: Mapping[int, float]) -> int:
+    """Return the index of the first cell that has to wait for a decision.
+
+    ``cells`` are those of the first question, the crash cell last.
+    """
+    *earlier_cells, crash = cells
+    total = sum(seconds.get(cell, 0.0) for cell in earlier_cells)
+    if total < max(LEAST_SECONDS, seconds.get(crash, 0.0)):
+        # Nothing is worth waiting: the answer to the first question is wanted soon.
+        return crash + 1
+    return 1 + max(c for c in earlier_cells if seconds.get(c, 0.0) >= LONG_SHARE * total)
+
+
+class Companion:
+    """One run; ``task`` and ``request`` are its own once it has begun."""
+
+    def __init__(self, cells: Sequence[int], seconds: Mapping[int, float]) -> None:
+        self._cells = frozenset(cells)
+        self._first_to_wait = first_to_wait(cells, seconds)
+        self._decided = asyncio.Event()
+        self.task: asyncio.Task[TrialResult] | None = None
+        self.request: TrialRequest | None = None
+
+    async def is_wanted(self, index: int) -> bool:
+        """Tell whether to run a cell, as soon as that is decided."""
+        if index >= self._first_to_wait:
+            await self._decided.wait()
+        return index in self._cells
+
+    def fits(self, cells: Collection[int]) -> bool:
+        """Tell whether a run of these cells begins with what this one has run."""
+        first = self._first_to_wait
+        return {c for c in cells if c < first} == {c for c in self._cells if c < first}
+
+    def decide(self, cells: Collection[int]) -> None:
+        """Run these cells to the end; they have to fit."""
+        self._cells = frozenset(cells)
+        self._decided.set()
