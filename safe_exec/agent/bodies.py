@@ -32,7 +32,7 @@ class Bodies:
         self.tree = None
 
     def begin(self, cell):
-        """Start a cell; a cell without a cell magic has no body to find."""
+        """Start a cell; only a cell with a cell magic has a body to find."""
         self.cell = cell
         self.active = "%%" in cell
         self.names, self.texts, self.statements, self.unparsed, self.tree = {}, {}, {}, [], None

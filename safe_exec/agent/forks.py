@@ -123,7 +123,7 @@ class Server:
         self.own = inherited_state(channel.fileno())
 
     def note_line(self, line):
-        """Note the line of the statement that is about to run."""
+        """Record the line of the statement that is about to run."""
         LINE.pack_into(self.line, 0, line)
 
     def serve(self, channel):
@@ -227,7 +227,7 @@ class Server:
         return True
 
     def sleep(self, ours, theirs, channel):
-        """Become a snapshot; a second fork makes it no child of the process that runs cells."""
+        """Become a snapshot, by a second fork, so that the process that runs cells has no child."""
         code = GIVEN_UP
         try:
             if fork_quietly():

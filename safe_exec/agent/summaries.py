@@ -88,7 +88,10 @@ def of_numpy(numpy, thing, _kind, bases, _object_bytes):
 
 
 def of_pandas(pandas, thing, kind, _bases, object_bytes):
-    """Describe a table or a column of pandas itself; a subclass may define anything."""
+    """Describe a table or a column of pandas.
+
+    Subclasses are left out, since they may run any code.
+    """
     if kind is pandas.DataFrame:
         text = "DataFrame {}".format(shape_text(thing.shape))
         if object_bytes >= MIB:

@@ -109,7 +109,7 @@ def forward(listeners, kernel):
 
 
 def connected(port):
-    """A connection to a port of loopback; ``None`` while nobody listens."""
+    """Return a connection to a port of loopback; ``None`` while nobody listens."""
     sock = socket.socket()
     try:
         # Messages are small and each waits for its reply, so Nagle's algorithm would add 40 ms.

@@ -75,7 +75,7 @@ def select(
     cwd: Path,
     out: Path,
 ) -> Selection:
-    """Select the notebooks that ``arguments`` and the lines of a list name; never walk ``out``.
+    """Select the notebooks that ``arguments`` and the lines of a list name, outside of ``out``.
 
     ``listed`` comes from standard input. Raises UsageError for a missing file, for a pattern
     without a match, and if no argument names a notebook.
@@ -245,7 +245,10 @@ def _walk(cwd: Path, folder: Path, out: Path) -> Iterator[Path]:
 
 
 def is_walked(path: str, name: str, out: str) -> bool:
-    """Return whether a walk enters a directory; ``out`` is the real path of the output directory."""
+    """Return whether a walk enters a directory.
+
+    ``out`` is the real path of the output directory.
+    """
     hidden = name.startswith(".") or name in SKIPPED_DIRECTORIES
     return (
         not hidden

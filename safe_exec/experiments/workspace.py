@@ -463,7 +463,10 @@ def _why_no_overlay(
 
 
 def _changed(snapshot: Snapshot) -> Iterator[str]:
-    """Yield the files that have changed; directories change whenever their entries do."""
+    """Yield the files that have changed.
+
+    Directories are skipped, as they change with their entries.
+    """
     for name, old_entry in (snapshot.entries or {}).items():
         try:
             current_entry = _entry((snapshot.folder / name).lstat())

@@ -307,7 +307,7 @@ def _settings(config: pytest.Config) -> Settings:
 
 
 def _coverage(config: pytest.Config) -> CoverageRequest | None:
-    """Return the request to measure coverage, if any. Raises UsageError without coverage."""
+    """Return the request to measure coverage, if any. Raises UsageError if it is not installed."""
     if not config.getoption("safe_exec_coverage"):
         return None
     from safe_exec.workflows.library_coverage import CoverageRequest, config_in, demand_coverage

@@ -256,7 +256,7 @@ class Keeper:
         return hold_end if memory_check is None else min(hold_end, memory_check)
 
     def status_sources(self) -> tuple[int, ...]:
-        """The socket on which the init inside bubblewrap reports the kernel's end."""
+        """Return the socket of the init inside bubblewrap, which reports the kernel's end."""
         if self.bubblewrap is None or not self.pid or self.exited or self.bubblewrap.is_closed:
             return ()
         return (self.bubblewrap.status.fileno(),)
@@ -332,7 +332,10 @@ class Keeper:
         self.kill_tree()
 
     def check_memory(self) -> int | None:
-        """Dump a stack at each step near the memory limit; milliseconds until the next check."""
+        """Dump a stack at each step near the memory limit.
+
+        Return the milliseconds until the next check.
+        """
         path, limit = self.cgroup.memory_file, self.cgroup.memory_limit
         if not path or not limit or self.exited or not self.pid:
             return None

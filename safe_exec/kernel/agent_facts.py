@@ -301,7 +301,7 @@ def _text(value: Any) -> str:
 
 
 def _read_waiting(fd: int) -> bytes:
-    """Return the bytes that wait in a pipe, at most a pipe's largest size."""
+    """Return the bytes that wait in a pipe, at most as many as the largest pipe holds."""
     # Another process may empty the pipe between a poll and a read, and the read would then block
     # for ever. O_NONBLOCK is a property of the open file, which the kernel's processes share, so we
     # must not set it. splice(2) has a flag for this one call instead.

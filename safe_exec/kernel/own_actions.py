@@ -43,7 +43,7 @@ class OwnActions:
             self._reported.append((_action(fact), int(fact["cell"]), rows))
 
     def take_tracing(self, fact: dict[str, Any]) -> None:
-        """Note the active trace functions."""
+        """Record the active trace functions."""
         self.tracing = tuple(str(name)[:LONGEST_TEXT] for name in fact["tracing"][:MOST_NAMES])
 
     def all(

@@ -57,13 +57,13 @@ class ProcessChanges:
             return {}
 
     def note_now_and_then(self) -> None:
-        """Note the state, at most once per PAUSE_SECONDS."""
+        """Record the state, at most once per PAUSE_SECONDS."""
         # A notebook can run hundreds of cells per second.
         if time.monotonic() - self._noted >= PAUSE_SECONDS:
             self.note()
 
     def note(self) -> None:
-        """Note the state."""
+        """Record the state."""
         self._noted = time.monotonic()
         status = procfs.stat(self._pid)
         if status is None:

@@ -356,7 +356,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         self.sandbox = self.stdout = self.stderr = None
 
     async def shutdown_requested(self, restart: bool = False) -> None:  # noqa: ARG002
-        """Note that the kernel was asked to end; its end is then not logged."""
+        """Record that the kernel was asked to end; its end is then not logged."""
         self._asked_for()
 
     def _asked_for(self) -> None:

@@ -435,7 +435,7 @@ class KernelSession:
             setattr(kc, f"_{name}_channel", self._channels[name])
 
     def connections(self) -> dict[str, Connection]:
-        """The connections behind the channels, for a caller that passes frames on unchanged."""
+        """Return the connections of the channels, for a caller that passes frames on unchanged."""
         return {name: channel.connection for name, channel in self._channels.items()}
 
     def _sockets(self) -> str:
@@ -569,7 +569,10 @@ class KernelSession:
         return None if note is None or note.finished else self.agent_facts.index_of(note.cell)
 
     def at_work(self, number: int) -> bool | None:
-        """Whether a cell has begun and not ended by the agent's note; ``None`` without an agent."""
+        """Whether the agent has reported a cell's start and not its end.
+
+        ``None`` without an agent.
+        """
         page = self.page
         return None if page is None else number != 0 and not page.note().finished
 
@@ -663,7 +666,7 @@ class KernelSession:
         return self.died.is_set()
 
     def note_process(self) -> None:
-        """Note the kernel's children, limits and program."""
+        """Record the kernel's children, limits and program."""
         # After its end /proc shows none of them.
         if not self.died.is_set():
             self.history.note(self.pid)
@@ -671,7 +674,7 @@ class KernelSession:
                 self.changes.note()
 
     def find_peers(self) -> None:
-        """Note other hosts that the sandbox's sockets are connected to."""
+        """Record other hosts that the sandbox's sockets are connected to."""
         # The agent reports connections of the kernel process only, not of its children. Reading the
         # tables of a busy machine takes milliseconds, so not while there are no children.
         if Wall.NETWORK not in self.plan.walls and (

@@ -92,7 +92,7 @@ class MessageReader:
         return None if self._body is None else memoryview(self._body)[self._filled :]
 
     def filled(self, count: int) -> None:
-        """Note that ``count`` bytes were read into ``space``."""
+        """Record that ``count`` bytes were read into ``space``."""
         self._filled += count
 
     def take(self) -> Received | None:

@@ -57,8 +57,8 @@ def parse_overrides(
 ) -> dict[str, Figure]:
     """Parse limits to bytes, seconds and counts. Raises LimitsError.
 
-    ``error_prefix`` names the source in errors; for options it is their prefix (``--``), and each
-    is named. ``machine_memory`` is the reference in bytes for a memory limit such as ``"75%"``.
+    ``error_prefix`` begins each error: the name of the source, or ``--`` for options.
+    ``machine_memory`` is the reference in bytes for a memory limit such as ``"75%"``.
     """
     entries = ((key, value, error_prefix) for key, value in mapping.items())
     return _parse(entries, machine_memory=machine_memory)
@@ -103,7 +103,10 @@ def merge_notebook_limits(
     error_prefix: str = "notebook",
     reason: str = "the profile does not let a notebook loosen limits",
 ) -> tuple[Limits, tuple[str, ...]]:
-    """Merge the limits of a notebook or cell into ``base``; a warning for each ignored one."""
+    """Merge the limits of a notebook or cell into ``base``.
+
+    Return a warning for each ignored one.
+    """
     if loosenable:
         return apply(base, notebook_overrides), ()
     limits, ignored = tighten(base, notebook_overrides)

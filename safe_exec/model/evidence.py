@@ -152,7 +152,7 @@ class Channel(StrEnum):
 
 
 class OutputBurst(Struct, frozen=True, kw_only=True):
-    """Text that arrived in one burst."""
+    """Text of one channel that arrived without a pause; ``age`` counts from its last part."""
 
     channel: Channel
     text: str

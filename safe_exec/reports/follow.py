@@ -56,7 +56,7 @@ class OutputFollower:
         self._group_lines: list[str] = []
 
     def __call__(self, event: events.Event) -> None:
-        """Note the start and the end of a cell."""
+        """Record the start and the end of a cell."""
         match event:
             case events.RunStarted():
                 self._cells = event.code_cells

@@ -111,7 +111,7 @@ def _kernel_prefixes(argv: Sequence[str], env: Mapping[str, str]) -> list[Path]:
 
 
 def _existing_forms(paths: Sequence[Path], wide: frozenset[Path]) -> tuple[Path, ...]:
-    """Return the existing paths, each also without links, except directories in ``wide``."""
+    """Return the paths that exist, as given and with links resolved, except those in ``wide``."""
     both = [form for path in paths for form in (path, path.resolve())]
     return tuple(
         dict.fromkeys(

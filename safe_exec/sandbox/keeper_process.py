@@ -66,7 +66,7 @@ class KeeperProcess:
                 )
 
     def attach_pid(self, pid: int) -> None:
-        """Note a forked keeper's pid, so that ``wait`` can await its end."""
+        """Record a forked keeper's pid, so that ``wait`` can await its end."""
         # The keeper waits for our next message meanwhile, so its pid cannot have been reused.
         if self._process is None and self._pidfd < 0:
             try:

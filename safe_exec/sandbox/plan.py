@@ -181,7 +181,7 @@ def _held_for_the_tree(enforcement: Enforcement, name: LimitName) -> bool:
 
 
 def weak_walls(walls: Mapping[Wall, Enforcement]) -> tuple[Wall, ...]:
-    """The requested walls that Linux does not enforce here."""
+    """Return the requested walls that Linux does not enforce here."""
     # Only root can run the kernel as another user, so a missing user wall is not a weakness.
     return tuple(
         wall

@@ -146,7 +146,7 @@ class Sandbox:
         self.on_dying: Callable[[protocol.Dying], None] | None = None
 
     def fileno(self) -> int:
-        """The descriptor of the keeper's socket; readable if there are messages to process."""
+        """Return the descriptor of the keeper's socket; it is readable if messages arrived."""
         return self._control.fileno()
 
     # --- building -------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ SCRIPT = lazy_pattern(r"%%(?:bash|sh|script|system|ruby|perl|cmd|!)|%%!")
 
 
 def kill_command(source: str, *, python: bool) -> tuple[int, str] | None:
-    """Return the first line that sends a signal, counted from 1, with its text.
+    """Return number (from 1) and text of the first line that sends a signal.
 
     In a Python cell only the body of a script magic is searched.
     """

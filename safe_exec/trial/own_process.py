@@ -24,7 +24,7 @@ def actions(state: TrialState) -> tuple[OwnAction, ...]:
 
 
 def command(state: TrialState) -> tuple[int, str] | None:
-    """Return the first line of the running cell that sends a signal, from 1, with its text.
+    """Return number (from 1) and text of the running cell's first line that sends a signal.
 
     ``None`` if the kernel has not died, or for Python code, whose calls the agent reports.
     """

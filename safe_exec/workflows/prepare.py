@@ -196,7 +196,7 @@ class PreparedJob(Struct, frozen=True, kw_only=True):
     coverage: CoverageRun | None = None
 
     def plan(self) -> SpawnPlan:
-        """The mechanism for each limit and wall."""
+        """Return the plan: the mechanism for each limit and wall."""
         return self.limits.plan(self.run_id)
 
     def fresh_node(self) -> Any:

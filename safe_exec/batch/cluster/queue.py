@@ -40,9 +40,10 @@ from safe_exec.workflows.run import abandon_job
 
 
 class ClusterQueue(NotebookQueue[WaitingNotebook]):
-    """The notebooks of a batch on a cluster. Its scheduler connects ``workers`` before it runs them.
+    """The notebooks of a batch on a cluster.
 
-    ``batch`` is the name of the batch, and of its topic of events.
+    Its scheduler connects ``workers`` before it runs them. ``batch`` is the name of the batch, and
+    of its topic of events.
     """
 
     batch: str
@@ -82,7 +83,7 @@ class ClusterQueue(NotebookQueue[WaitingNotebook]):
         return asyncio.run_coroutine_threadsafe(environment, self.loop).result()
 
     def request(self, flight: Flight) -> NotebookRequest:
-        """Return the request that a task sends to its worker."""
+        """Return the request to run a notebook on a worker."""
         waiting = flight.waiting
         job, notebook = waiting.task.job, waiting.task.notebook
         # The worker provides the environment; only variables that the user set travel.

@@ -290,5 +290,5 @@ def walls_with(walls: Mapping[str, Any], variables: Mapping[str, str]) -> dict[s
 
 
 def environment_with(variables: Mapping[str, str]) -> dict[str, str] | None:
-    """Return our environment with the variables; ``None`` for our environment unchanged."""
+    """Return our environment with the variables added; ``None`` if there are none to add."""
     return {**os.environ, **variables} if variables else None

@@ -70,7 +70,7 @@ follow_option = click.option(
 
 
 def coverage_of(options: OutputOptions) -> CoverageRequest | None:
-    """Return the request to measure coverage, if any. Raises UsageError without coverage."""
+    """Return the request to measure coverage, if any. Raises UsageError if it is not installed."""
     if not options.coverage:
         return None
     # Imported only here: few runs measure coverage.

@@ -111,7 +111,7 @@ def processes_watched(context: Context) -> Cause | None:
 
 
 def disk_watched(context: Context) -> Cause | None:
-    """safe-exec ended the run because it had written too much."""
+    """safe-exec ended the run because it had written too much data to disk."""
     if not isinstance(context.ending, LimitHit) or context.ending.limit is not LimitName.DISK:
         return None
     allowed = context.limits.disk

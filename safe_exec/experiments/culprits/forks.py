@@ -328,7 +328,10 @@ class Forks:
             self._received[channel] = set(received)
 
     async def _finish(self, ending: ForkEnding, fields: Mapping[str, Any]) -> ForkEnding:
-        """Complete the ending of a run whose process has ended; give up forks that change files."""
+        """Complete the ending of a run whose process has ended.
+
+        End all forks if cells change files.
+        """
         if fields.get("late"):
             self._late += 1
             if self._late >= MOST_LATE:

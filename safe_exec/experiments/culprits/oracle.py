@@ -448,7 +448,7 @@ class Oracle:
         cells: tuple[ForkCell, ...],
         start_time: float,
     ) -> tuple[AnsweredQuery, bool] | None:
-        """Wait for the end of a trial of these cells that goes on; ``None`` if there is none."""
+        """Wait for the end of a running trial of these cells; ``None`` if there is none."""
         run = await self._hang_runs.end_of(cells) if query.fresh else None
         if run is None:
             return None

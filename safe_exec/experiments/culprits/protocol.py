@@ -94,16 +94,15 @@ def _no_definers(_name: str, _cell: int) -> tuple[int, ...]:
 class Problem(Struct, frozen=True, kw_only=True):
     """Everything that is known before the first trial.
 
-    If not ``confirms``, somebody else confirms the result from scratch.
+    Without ``confirms`` the caller confirms the result from scratch.
 
     ``cells`` are the cells that ran, in order, with the crash cell last. ``slice`` is the backward
     slice of the crash cell, and ``needs`` the direct dependencies of each cell. ``predicted_stop``
     returns the cell at which a run of a set is certain to stop for an undefined name. Cells outside
     the slice are tried in the order of ``side_effect_risk``. ``resource_use`` is each cell's share
     of the exhausted resource, and ``limit`` the amount that was available; ``seconds`` is each
-    cell's run time, ``fresh_seconds`` what a fresh run takes beyond that, and ``start_seconds`` the time to
-    start and stop a kernel. ``erratic``: failures
-    of this kind often do not recur.
+    cell's run time, ``fresh_seconds`` what a fresh run takes beyond that, and ``start_seconds`` the
+    time to start and stop a kernel. ``erratic``: failures of this kind often do not recur.
     """
 
     # The cells that ran, in order, with the crash cell last.

@@ -227,10 +227,10 @@ def _taken(
 def look_first(culprit_set: CulpritSet, culprits: tuple[Culprit, ...], growth: int | None) -> int:
     """Return the index of the cell to read first.
 
-    ``growth`` is the growth of the crash cell itself in bytes, if known. In this order: the cell
-    that set the engine's own limit, the trigger, the cell that kept more memory than the crash cell
-    asked for, the cell whose code ran innermost, and the crash cell. A changed object or file does
-    not count as the trigger of exhausted memory.
+    It is the first that exists of: the cell that set the engine's own limit, the trigger, the cell
+    that kept more memory than the crash cell requested, the cell with the innermost frame, the
+    crash cell. ``growth`` is the growth of the crash cell itself in bytes, if known. A changed
+    object or file does not count as the trigger of exhausted memory.
     """
     setters = [c.index for c in culprits if c.role is Role.TRIGGER and _sets(culprit_set, c.index)]
     if setters:
