@@ -61,7 +61,9 @@ class HangPicture(Struct, frozen=True, kw_only=True):
             innermost=_innermost(crash.stack, cause.activity, node),
         )
         has_place = picture.statement is not None or picture.innermost is not None
-        return picture if has_place or (picture.activity and picture.syscall) else None
+        # Nothing is to be read from a process that is stopped.
+        is_enough = picture.activity is Activity.STOPPED or (picture.activity and picture.syscall)
+        return picture if has_place or is_enough else None
 
     @classmethod
     def of_observation(

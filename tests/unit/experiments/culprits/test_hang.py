@@ -96,6 +96,12 @@ def test_the_picture_in_a_verdict_is_the_one_that_was_observed() -> None:
     assert HangPicture.of_verdict(loop, NODE) == picture(LOOP)
 
 
+def test_a_stopped_process_is_known_by_that_alone() -> None:
+    stopped = verdict_of(CauseKind.CELL_TIMEOUT, Activity.STOPPED, (), process_state="T")
+    wanted = HangPicture.of_verdict(stopped, NODE)
+    assert wanted == picture(replace(BLOCKED, state="T", syscall=None, stack=()))
+
+
 def test_another_line_of_the_same_loop_in_python_is_the_same_hang() -> None:
     elsewhere = replace(LOOP, stack=(Frame(function="<module>", line=3, cell=1),))
     assert picture(elsewhere) == picture(LOOP)
