@@ -133,7 +133,7 @@ class Inside:
     def at(self, line):
         """Record the line that runs, unless in a forked child.
 
-        Between cells the mark that the last cell has finished stays on the page.
+        Between cells the record still says that the last cell has finished.
         """
         if not self.child:
             self.page.note_line(line if self.in_cell else line | layout.FINISHED)

@@ -77,7 +77,7 @@ def _row(inside, error, remote):
 
 
 def _is_of_environ(error):
-    """Tell whether ``os.environ[...]`` raised it.
+    """Tell whether ``os.environ[...]`` raised a KeyError.
 
     Other dictionaries may have a key of the same name.
     """

@@ -123,7 +123,7 @@ def parsed(text):
 
 
 def places(tree):
-    """Yield each simple statement, and the expression of one, with all positions."""
+    """Yield each simple statement, and its expression, with all positions."""
     if isinstance(tree, ast.Expression):
         yield ast.dump(tree.body, include_attributes=True)
     for node in ast.walk(tree):
@@ -134,7 +134,7 @@ def places(tree):
 
 
 def last_line(code):
-    """Return the highest line of a code object, without those of the code objects in it."""
+    """Return the last line of a code object, without the functions and classes defined in it."""
     # Before Python 3.10.
     if not hasattr(code, "co_lines"):
         import dis

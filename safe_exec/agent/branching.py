@@ -23,7 +23,7 @@ HARMLESS = (os.devnull, "/dev/zero", "/dev/random", "/dev/urandom")
 
 
 class OwnState:
-    """The descriptors and shared mappings of a process that are not the notebook's."""
+    """The descriptors and shared mappings of a process that the notebook did not open."""
 
     def __init__(self, descriptors, mappings):
         self.descriptors, self.mappings = descriptors, mappings
@@ -118,7 +118,10 @@ def has_interpreters():
 
 
 def open_files(own, loop, channel):
-    """Return a word for a descriptor that the notebook opened."""
+    """Return the kind of a descriptor that the notebook opened, such as a socket.
+
+    "" if there is none.
+    """
     # The loop's own: each process that runs cells makes itself a new one.
     ours = {channel, loop._selector.fileno(), loop._ssock.fileno(), loop._csock.fileno()}
     for fd in sorted(descriptors() - own.descriptors - ours):

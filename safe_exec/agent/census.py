@@ -328,7 +328,7 @@ class Census:
         ]
 
     def roots(self, walk, settled):
-        """Yield the holders' names and values, the likeliest first."""
+        """Yield the names and values of possible holders, the likeliest first."""
         namespace, modules = self.namespace, self.modules
         modules.update()
         yield from variables(walk, namespace, self.last_holders)

@@ -44,7 +44,7 @@ def patch_commands(inside):
 
 
 def check(inside, cmd, status):
-    """Report a command that failed, or raise for it."""
+    """Report a command that failed, or raise CalledProcessError for it."""
     __tracebackhide__ = True
     if not status or inside.child or not inside.in_cell:
         return

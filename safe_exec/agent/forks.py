@@ -148,7 +148,7 @@ class Server:
                 return 0
 
     def run_in_fork(self, channel, message):
-        """Run cells in a fork and tell how it ended; false if the runner has gone."""
+        """Run cells in a fork and report its ending to the runner; false if the runner has gone."""
         self.note_line(0)
         pid = fork_quietly()
         if not pid:
@@ -294,7 +294,7 @@ def detach(channel):
 
 
 def silence(kernel):
-    """Drop all output and messages: the threads that send them have stayed in the kernel."""
+    """Drop all output and messages: a fork lacks the threads that would send them."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.write = len

@@ -124,7 +124,7 @@ def tracebacks():
 
 
 class Modules:
-    """The modules that the notebook imported, its own ones apart from the installed ones.
+    """The modules that the notebook imported: its own ones and, separately, the installed ones.
 
     Each module is looked at once: there may be thousands.
     """
@@ -182,11 +182,11 @@ def local_variables(main, namespace):
 
 
 class Unreached(list):
-    """Objects of one class that no holder leads to."""
+    """Objects of one class that no holder refers to."""
 
 
 def unreached(walk):
-    """Yield the objects of the notebook's classes that no other holder leads to, by class.
+    """Yield, for each class of the notebook, the objects that no other holder refers to.
 
     They refer to each other, and the garbage collector has not run since or is disabled.
     """

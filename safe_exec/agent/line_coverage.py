@@ -62,18 +62,18 @@ class RowData:
         self.take = take
 
     def add_lines(self, line_data):
-        """Take lines by file."""
+        """Collect the lines that ran, by file."""
         for name, numbers in line_data.items():
             self.take(name, numbers)
 
     add_arcs = add_lines
 
     def touch_file(self, filename, plugin_name=""):
-        """Take a file that never ran."""
+        """Collect a file of which no line ran."""
         self.take(filename, ())
 
     def touch_files(self, filenames, plugin_name=""):
-        """Take files that never ran."""
+        """Collect files of which no line ran."""
         for name in filenames:
             self.take(name, ())
 
@@ -147,7 +147,7 @@ class LineCoverage:
     # --- cells ------------------------------------------------------------------------------------
 
     def start(self):
-        """Start to measure, on the main thread; from the first cell on."""
+        """Start to measure on the main thread, before the first cell."""
         if not self.call(self.measurement.start):
             # Another tool of the notebook's environment may hold what sysmon needs.
             self.inside.coverage = NoCoverage()
@@ -243,7 +243,7 @@ class LineCoverage:
             self.put(file=name, **{"arcs" if self.branch else "lines": sorted(news)})
 
     def put(self, **row):
-        """Append a row. The runner is told if rows are lost."""
+        """Append a row. Report lost rows to the runner."""
         data = json.dumps(row).encode("ascii") + b"\n"
         try:
             # A write that reaches a limit writes a part, and only the next one fails.

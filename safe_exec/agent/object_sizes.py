@@ -229,7 +229,7 @@ class Walk:
         return int(min(MOST_SAMPLES, max(LEAST_SAMPLES, remaining * SAMPLES_PER_SECOND)))
 
     def is_new(self, thing, name):
-        """Tell whether an object counts now, and remember it."""
+        """Tell whether an object was not counted before, and mark it as counted."""
         key = id(thing)
         if key in self.visited or self.owners.get(key, name) != name:
             return False
@@ -292,7 +292,7 @@ TEXTS = frozenset((str, bytes))
 
 
 def choose_handler(kind, handlers):
-    """Return the handler for a type that was not met before."""
+    """Choose the handler for a type."""
     bases = BASES(kind)
     for base in bases:
         if base is not object and base in handlers:

@@ -70,7 +70,7 @@ class Page:
     def text(self, stream, string):
         """Journal a write of the current cell.
 
-        Tell whether a segment was filled and streams need a flush.
+        Tell whether a segment is full, so that streams need a flush.
         """
         # Character by character, so that counts hold.
         data = string.encode("utf-8", "replace")

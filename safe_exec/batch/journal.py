@@ -69,7 +69,7 @@ class JournalRecord(
 class PreviousBatch(Struct, frozen=True, kw_only=True):
     """The content of a journal: the last record of each finished notebook.
 
-    ``complete`` is true if the batch came to its end. ``started`` is the start of its last call, in
+    ``complete`` is true if the batch ran to its end. ``started`` is the start of its last run, in
     seconds since 1970; ``root`` is the directory that paths are relative to, ``shard`` is (K, N).
     """
 

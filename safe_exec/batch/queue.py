@@ -140,7 +140,7 @@ class NotebookQueue(Generic[QueuedT]):
 
     @property
     def stopped(self) -> bool:
-        """Whether no more notebooks may start."""
+        """Whether the batch must not start any more notebooks."""
         return bool(self.broadcast.signals) or (self.plan.fail_fast and self.failed)
 
     async def read_notebook(self, notebook: SelectedNotebook) -> None:

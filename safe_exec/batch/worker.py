@@ -61,9 +61,9 @@ class SignalBroadcast:
 
     @contextlib.contextmanager
     def subscribed(self, cancellation: Cancellation) -> Iterator[None]:
-        """Within the context, pass every signal on to a run, including those received before it.
+        """Within the context, pass every signal on to a run, including earlier ones.
 
-        To be called on the thread of the run's event loop.
+        Call it on the thread of the run's event loop.
         """
         entry = (cancellation, asyncio.get_running_loop())
         with self._lock:

@@ -148,7 +148,7 @@ def _target(
 def _session(
     prepared: PreparedJob, target: DebugTarget, *, post_mortem: bool
 ) -> Callable[[Path, Proxy], Awaitable[None]]:
-    """Return the session with the user."""
+    """Return the function that runs the session with the user."""
     from safe_exec.interactive import debug
 
     async def session(path: Path, proxy: Proxy) -> None:

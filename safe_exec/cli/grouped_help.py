@@ -61,7 +61,7 @@ class GroupedCommand(click.Command):
 def _row(option: click.Option, ctx: click.Context) -> tuple[str, str]:
     """Return an option with its placeholder, and its help.
 
-    click's own record also has the range of a number; the error about a wrong one has it too.
+    The range of a number, which click adds, is left out; the error about a wrong number names it.
     """
     record = option.get_help_record(ctx)
     return (record[0] if record is not None else "", option.help or "")

@@ -133,8 +133,9 @@ def install(
 ) -> int:
     """Install a copy of a kernelspec whose kernels run inside limits, whatever starts them.
 
-    Its command starts `safe-exec kernel` from this environment; the environment of the kernel needs no safe-exec. Another
-    of the same name is replaced if safe-exec wrote it. `jupyter kernelspec remove NAME` removes it.
+    Its command starts `safe-exec kernel` from this environment; the environment of the kernel needs
+    no safe-exec. An existing kernelspec of this name is replaced if safe-exec wrote it. `jupyter
+    kernelspec remove NAME` removes it.
     """
     # Paths that do not exist are an error here, and not when a client starts the kernel.
     changes_of_walls = walls_of(walls)

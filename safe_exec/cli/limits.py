@@ -197,7 +197,7 @@ def _read_whole(file: Path) -> None:
 
 
 def _is_project_file(file: Path) -> bool:
-    """Return whether a file is a safe-exec.yaml, by name or by its list. Raises LimitsError."""
+    """Return whether a file is a safe-exec.yaml, by its name or its content. Raises LimitsError."""
     return file.name == profiles.PROJECT_FILE or isinstance(_limits_of(file), tuple)
 
 
@@ -207,7 +207,7 @@ def _limits_of(file: Path) -> object:
 
 
 def _errors_of_figures(file: Path) -> Iterator[LimitsError]:
-    """Yield the errors of single values; nothing for a file that is wrong as a whole."""
+    """Yield the errors of single values; nothing if the file as a whole is invalid."""
     try:
         limits = _limits_of(file)
     except LimitsError:

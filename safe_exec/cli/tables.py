@@ -27,7 +27,7 @@ def mark(enforcement: Enforcement) -> str:
 
 
 def enforcement_columns(enforcement: Enforcement) -> tuple[str, str, str]:
-    """Return mechanism, hardness and note."""
+    """Return the columns of an enforcement: mechanism, hard or soft, and its note."""
     if enforcement.by is Mechanism.NONE:
         return "nothing", "", enforcement.note
     return enforcement.by.value, "hard" if enforcement.hard else "soft", enforcement.note

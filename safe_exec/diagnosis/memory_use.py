@@ -176,7 +176,7 @@ def _other_processes(context: Context, cause: Cause | None, last: Census) -> Hol
 
 
 def _unnamed(context: Context, last: Census, native: int, others: Holder | None) -> Holder | None:
-    """Return the memory that no name held yet: the crash cell allocated it while it ran."""
+    """Return the memory that no variable held yet: the crash cell allocated it while it ran."""
     peak, children = context.evidence.memory_peak, 0 if others is None else others.bytes
     if peak is None or context.current is None:
         return None
@@ -249,7 +249,7 @@ def _line(sites: tuple[CensusSite, ...], size: int, numbers: Mapping[int, int]) 
 
 
 def in_notebook(use: MemoryUse, code_indexes: Sequence[int]) -> MemoryUse:
-    """Return the memory of a trial with the cells of the notebook.
+    """Return a trial's memory use with the notebook's numbers of cells.
 
     ``code_indexes`` are, in the order of the trial, the positions of its cells among the notebook's
     code cells.

@@ -116,7 +116,7 @@ def _failures(
 
 
 def _counted(code_index: int | None) -> int | None:
-    """Convert an index to a number as people count cells."""
+    """Convert an index to a number counted from 1."""
     return None if code_index is None else code_index + 1
 
 

@@ -63,7 +63,7 @@ class Libraries:
         }
 
     def function_at(self, address: int) -> str | None:
-        """Return the name of the function at an address by its library's own symbols."""
+        """Return the name of the function at an address, from the symbols of its library."""
         part = self._part(address)
         if part is None:
             return None
@@ -77,11 +77,10 @@ class Libraries:
         return None
 
     def caller_at(self, address: int) -> str | None:
-        """Return the function that made a call, from its return address.
+        """Return the function that made a call; ``None`` if the return address lies in it.
 
-        ``None`` if that names it too. A call that never returns may be a function's last
-        instruction. Its return address then lies in the next function, whose name unwinders give to
-        the frame.
+        A call that never returns may be a function's last instruction. Its return address then lies
+        in the next function, whose name unwinders give to the frame.
         """
         part = self._part(address)
         if part is None or os.stat(self._root + part.path).st_size > SMALL_LIBRARY_BYTES:

@@ -132,7 +132,7 @@ def _run(prepared: PreparedJob, relay: Relay) -> Verdict:
 
 
 def _finished(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run a coroutine, on another thread if this one has a running loop, as in a notebook."""
+    """Run a coroutine; on another thread if this one has a running loop, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

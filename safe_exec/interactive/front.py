@@ -184,7 +184,7 @@ class Front:
 
     @property
     def queued(self) -> int:
-        """Bytes that wait for the slowest subscriber."""
+        """Return the bytes that wait for the slowest subscriber."""
         return self._listeners["iopub"].queued
 
     def drop_slowest(self) -> None:

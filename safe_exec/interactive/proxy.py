@@ -220,7 +220,7 @@ class Proxy:
     # --- from clients -----------------------------------------------------------------------------
 
     def _is_paused(self, channel: str) -> bool:
-        """Whether requests must wait until the kernel is up or has taken earlier ones."""
+        """Whether requests must wait, until the kernel has started or has taken earlier ones."""
         # Control is never paused for a busy kernel: interrupts and shutdown must get through.
         if not self._is_ready or self._inner is None:
             return True
@@ -286,7 +286,7 @@ class Proxy:
     # --- from the kernel --------------------------------------------------------------------------
 
     def _holds(self) -> bool:
-        """Whether a subscriber's queue is full. Starts the wait for room if so."""
+        """Whether a subscriber's queue is full; if so, start to wait for room in it."""
         if self.front.queued <= MOST_QUEUED:
             return False
         if not self._stalled:

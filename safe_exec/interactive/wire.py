@@ -85,7 +85,7 @@ class Message(Struct, frozen=True, kw_only=True):
 
 
 def parse(frames: list[bytes]) -> Message:
-    """Parse all but the content. Raises NotAMessage."""
+    """Parse everything except the content. Raises NotAMessage."""
     # Content can be megabytes of output, and most messages are passed on without a look at it.
     try:
         start = frames.index(DELIMITER, 0, MOST_IDENTITIES + 1) + 1

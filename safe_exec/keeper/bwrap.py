@@ -282,10 +282,7 @@ def _mount_overlay(folder: Path, base: Path, disk: LimitedDisk) -> bool:
 
 
 def changed_files(base: str) -> str:
-    """Return the directory with the files that a run changed.
-
-    For a copy, with all other files too.
-    """
+    """Return the directory with the files that a run changed; a copy has all other files too."""
     upper = os.path.join(base, "upper")
     return upper if os.path.isdir(upper) else os.path.join(base, "folder")
 

@@ -65,7 +65,7 @@ def give_up(*, for_uid: int | None) -> None:
 
 
 def _set(libc: ctypes.CDLL, capabilities: int) -> None:
-    """Make ``capabilities`` effective and permitted, all others neither, and none inheritable."""
+    """Make only ``capabilities`` effective and permitted, and none inheritable."""
     sets = (_Sets * 2)(_Sets(capabilities, capabilities, 0), _Sets(0, 0, 0))
     _check(libc.capset(ctypes.byref(_Header(VERSION_3, 0)), sets), "give up capabilities")
 

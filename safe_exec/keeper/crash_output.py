@@ -59,7 +59,7 @@ class CrashOutput:
         self._dump_signal: int | None = None
 
     def open(self, dump_signal: int | None) -> tuple[int, socket.socket]:
-        """Return the kernel's ends: its stderr, and the socket of its fault handler.
+        """Return the descriptors for the kernel: its stderr, and the socket of its fault handler.
 
         At ``dump_signal`` the kernel writes stacks to the socket without dying.
         """
@@ -140,7 +140,7 @@ class CrashOutput:
         return True
 
     def _inspect(self, pid: int) -> None:
-        """Record the state of a process at its fault, and hold it if somebody waits for that."""
+        """Record the state of a process at its fault, and hold it if the runner asked for that."""
         if self._kernel_end is None or self.process_at_fault is not None:
             return
         inode = os.fstat(self._kernel_end.fileno()).st_ino

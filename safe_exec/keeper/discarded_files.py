@@ -70,7 +70,7 @@ HOME_DOWNLOADS = (
 
 
 def is_passing_name(name: str, *, is_directory: bool) -> bool:
-    """Whether an entry of this name is a cache, a lock or the like wherever it lies."""
+    """Whether an entry of this name is a cache, a lock or the like in any directory."""
     return name.endswith(TEMPORARY_ENDS) or (
         is_directory and ("cache" in name.lower() or name == ".ipynb_checkpoints")
     )
@@ -209,7 +209,7 @@ class Listing:
 
 
 class _Directory:
-    """An open directory, whose descriptor is closed with it."""
+    """An open directory; closing it closes its descriptor."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd

@@ -86,8 +86,8 @@ def copy_tree(
     """Copy a folder with its times and modes; return the fingerprints by path in the folder.
 
     Sockets, pipes, devices and unreadable entries are left out. Everything belongs to ``owner``
-    afterwards; without one, and as root, it keeps its owners. ``hardlink_candidates`` are earlier
-    copies by path in the folder. Raises OSError if the disk is full.
+    afterwards; without one, root preserves the owners. ``hardlink_candidates`` are earlier copies
+    by path in the folder. Raises OSError if the disk is full.
     """
     target.mkdir(mode=0o700)
     directories: list[tuple[Path, Path]] = [(source, target)]
@@ -171,7 +171,10 @@ def remove_tree(path: str | Path) -> bool:
 
 
 def _remove_entry(entry: os.DirEntry[str], top: str, numbers: Iterator[int]) -> bool:
-    """Remove one entry of ``top``; the directories in it move up to ``top``."""
+    """Remove one entry of ``top``.
+
+    If it is a directory, move its subdirectories to ``top`` first.
+    """
     # Moving them up keeps paths short, however deep the tree is.
     try:
         if not entry.is_dir(follow_symlinks=False):
@@ -209,7 +212,7 @@ class ConcurrentChanges:
 
     ``copies`` are the fingerprints of a copy: whatever differs from them was changed by others.
     ``since`` is the start of an overlay, in nanoseconds: others' changes are visible through it at
-    once, so only entries that both sides changed are in question. Without either, nobody else is
+    once, so only entries that both sides changed are in question. Without both, no other program is
     assumed to write.
     """
 

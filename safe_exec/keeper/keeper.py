@@ -526,7 +526,7 @@ class Keeper:
             self.directory = None
 
     def report_failure(self, error: Exception) -> None:
-        """Tell the runner that this process failed, before the kernel is killed for it."""
+        """Tell the runner that the keeper failed, before it kills the kernel."""
         # Otherwise its death by SIGKILL would look like the notebook's own.
         if self.reason is None and not self.exited:
             self.reason = "internal"
@@ -566,7 +566,7 @@ def _run_child(
     keeper_pid: int,
     ends: ChildEnds,
 ) -> None:
-    """In the child: enter the sandbox, execute the kernel, or bubblewrap around it.
+    """Enter the sandbox, in the child, and execute the kernel or bubblewrap.
 
     Never returns.
     """

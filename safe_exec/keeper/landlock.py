@@ -96,7 +96,7 @@ def describe(abi: int) -> dict[str, bool]:
 
 
 def handled(abi: int, *, tcp: bool | None) -> Handled:
-    """Return the access rights that Landlock is to restrict: those that version ``abi`` knows."""
+    """Return the access rights that Landlock restricts: all that version ``abi`` knows."""
     files = (
         FIRST
         | (REFER if abi >= 2 else 0)  # noqa: PLR2004

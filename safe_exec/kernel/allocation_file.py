@@ -60,8 +60,8 @@ class AllocationFile:
     def read(self, code: CellCode, peak: int | None) -> Recording:
         """Return the memory that each stack of cell lines holds at the end, the largest first.
 
-        Empty without an error if nothing was recorded: the kernel's environment has no memray.
-        ``peak`` is the highest memory use in bytes.
+        If the kernel's environment has no memray, the recording is empty and has no error. ``peak``
+        is the highest memory use in bytes.
         """
         descriptor = self._file.fileno()
         if not os.fstat(descriptor).st_size:

@@ -264,7 +264,10 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         return note is None or self.previous_cell is None or note.cell != self.previous_cell
 
     def _at_work(self, claim: str) -> bool:
-        """Whether the agent still runs the cell, against a message's claim; records that claim."""
+        """Whether the cell still runs, as the agent says, despite a message's claim.
+
+        Record the claim.
+        """
         note = self.note()
         if note is None or note.finished:
             return False

@@ -240,7 +240,7 @@ def environment_of(spec: Spec, env: Mapping[str, str]) -> dict[str, str]:
 
 
 def extra_arguments(kernel_name: str) -> list[str]:
-    """Return arguments that keep a headless run out of the user's IPython history, as nbclient."""
+    """Return arguments that keep a run out of the user's IPython history, as nbclient does."""
     return (
         ["--HistoryManager.hist_file=:memory:"]
         if kernel_name in ("python", "python2", "python3")

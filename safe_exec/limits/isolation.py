@@ -41,7 +41,7 @@ _ORDER: Mapping[str, list[Any]] = {
 
 
 def parse(entries: Mapping[str, Value]) -> dict[str, Any]:
-    """Check the keys under an ``isolation:`` of a file. Raises LimitsError with file and line."""
+    """Check the ``isolation`` section of a file. Raises LimitsError with file and line."""
 
     def place(key: str, index: int | None) -> str:
         value = entries[key]

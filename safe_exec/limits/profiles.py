@@ -414,7 +414,7 @@ def _own_limits(metadata: Mapping[str, object], error_prefix: str) -> Mapping[st
 
 
 def _documents(text: str, machine_memory: int | None) -> list[_Document]:
-    """Return the file that ``text`` names and all that it extends, the lowest first."""
+    """Return the file that ``text`` names and the files that it extends, the base first."""
     documents: list[_Document] = []
     next_name: str | None = text
     folder, error_prefix = Path(), ""

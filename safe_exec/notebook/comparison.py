@@ -155,8 +155,8 @@ def differences(
 ) -> tuple[Difference, ...]:
     """Return the kinds of output in which a cell's new outputs differ from the stored ones.
 
-    A cell that was stored without an execution count was never run: it is not compared, and differs
-    if it has outputs nevertheless.
+    A cell that was stored without an execution count was never run. It differs if it has outputs
+    now; otherwise it is not compared.
     """
     check = markers(stored).check
     if not (not rules.lax if check is None else check):

@@ -206,7 +206,7 @@ class _Budget:
         self._counts = _characters(node) > _MOST_LINES
 
     def marked(self, text: str | list[str]) -> _Lines | _Whole | str:
-        """Return the text in the form in which it is written."""
+        """Return the text as a list of lines, or in one piece once the budget is spent."""
         parts = [text] if isinstance(text, str) else text
         if self._counts:
             # Counting is cheaper than splitting.
@@ -323,12 +323,12 @@ def _escaped(text: str) -> str:
 
 
 def _is_plain(text: str) -> bool:
-    """Tell whether only newlines end lines, and only quotes, backslashes and tabs are escaped."""
+    """Tell whether a text has no line ends except newlines, and few characters to escape."""
     return len(text) >= _WORTHWHILE and not any(odd in text for odd in _ODD)
 
 
 def _replaced(text: str, newline: str) -> str:
-    """Escape a plain text."""
+    """Return the inside of a JSON string for a plain text (see ``_is_plain``)."""
     # Searching for a character and replacing it is many times as fast as CPython's own escaping.
     for character, written in (*_ESCAPES, ("\n", newline)):
         if character in text:

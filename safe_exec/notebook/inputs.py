@@ -67,7 +67,7 @@ class CellSelection(Struct, frozen=True, kw_only=True):
 
 
 class NotebookInputs(Struct, frozen=True, kw_only=True):
-    """Parameters by name, the cells to run, and how calls of exit, shell and input end.
+    """Parameters by name, the cells to run, and the treatment of exit, shell commands and input.
 
     ``strict_shell``: a failing ``!command`` raises. ``stdin`` answers ``input()``.
     """

@@ -140,7 +140,7 @@ class _Search:
         return () if start is None else (start, *range(start + 1, start + len(source)))
 
     def _find(self, source: list[str], is_code: bool) -> int | None:
-        """Return the index of the first line, and continue behind the last one."""
+        """Return the index of a cell's first line; later searches start behind its last one."""
         for start in range(self._position, len(self._lines) - len(source) + 1):
             if self._comparisons > MOST_COMPARISONS:
                 return None

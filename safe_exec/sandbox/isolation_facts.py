@@ -1,6 +1,6 @@
-"""Records the restrictions of a run, the places whose files are kept, and those whose are not.
+"""Records the restrictions of a run, and the places whose files are kept or discarded. Pure.
 
-Pure. The keeper lists the files in the latter before they are discarded.
+The keeper lists the files of the latter before they are discarded.
 """
 
 from __future__ import annotations

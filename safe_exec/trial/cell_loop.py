@@ -53,7 +53,7 @@ SUCCESSFUL_EXITS = ("", "0", "None")
 
 
 class Stop(Exception):  # noqa: N818 - no error: it leaves the run of cells
-    """Leaves the loop over the cells with an ending."""
+    """Raised to leave the loop over the cells; carries the ending."""
 
     def __init__(self, ending: Ending) -> None:
         super().__init__(repr(ending))
@@ -526,7 +526,7 @@ class CellLoop:
     def _reading_at_start(self) -> Reading | None:
         """Return the figures at the start of a cell.
 
-        Those at the end of the previous one if just taken.
+        Those of the previous cell's end are used if they were just taken.
         """
         if (
             self._last_reading is not None

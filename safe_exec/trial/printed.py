@@ -25,7 +25,7 @@ def without_colours(text: str) -> str:
 def printed_traceback(
     cells: Iterable[tuple[int, Any]], late: Mapping[int, str]
 ) -> tuple[int, str] | None:
-    """Return the last such traceback with the text that follows, and the cell where it begins.
+    """Return a thread's or worker's last traceback, the text behind it, and the cell of its start.
 
     Returns ``None`` if there is none. ``late`` is text of a cell's threads that arrived after the
     cell had ended and is not in its outputs. A thread's lines may be split between the cell that

@@ -163,7 +163,10 @@ def _has_archive(request: NotebookRequest) -> bool:
 def _ask(
     worker: Worker, request: NotebookRequest, is_abandoned: Callable[[], bool]
 ) -> Grant | None:
-    """Ask the runner for permission to start; ``None`` if nobody waits for the notebook."""
+    """Ask the runner for permission to start.
+
+    ``None`` if the runner no longer waits for the notebook.
+    """
     question = uuid.uuid4().hex
     message = {
         "kind": "start",

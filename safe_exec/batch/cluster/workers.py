@@ -55,7 +55,7 @@ class ClusterWorkers:
 
     @property
     def threads(self) -> int:
-        """The notebooks that all workers can run at a time."""
+        """The number of notebooks that all workers together can run at a time."""
         return sum(worker.threads for worker in self.usable.values())
 
     @property
@@ -68,7 +68,7 @@ class ClusterWorkers:
         return self.threads_by_machine()[machine]
 
     def threads_by_machine(self) -> Mapping[str, int]:
-        """Count for each machine the notebooks that its workers can run at a time."""
+        """Return, for each machine, how many notebooks its workers can run at a time."""
         threads: Counter[str] = Counter()
         for worker in self.usable.values():
             threads[worker.machine] += worker.threads

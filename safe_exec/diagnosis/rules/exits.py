@@ -31,7 +31,7 @@ FAULTS = {
 def supervisor_killed(context: Context) -> Cause | None:
     """The kernel's parent process was killed, and the kernel with it.
 
-    Its exit status is unknown.
+    The kernel's exit status is unknown.
     """
     if (
         not isinstance(context.ending, Died)
@@ -76,7 +76,7 @@ def asked_to_exit(context: Context) -> Cause | None:
 
 
 def exited(context: Context) -> Cause | None:
-    """Any exit status without a reply; it is never a pass, not even 0."""
+    """The kernel exited without a reply; even status 0 is no pass."""
     evidence = context.evidence
     if (
         not isinstance(context.ending, Died)

@@ -262,7 +262,7 @@ def raised(context: Context) -> Cause | None:
 
 
 def _program_wrote_too_much(context: Context, error: CellError) -> Cause | None:
-    """A program started by the cell was ended for the size of its file, by its status or output."""
+    """A program of the cell was ended for the size of its file; its status or output shows that."""
     if context.limits.file_size is None or not leaves_reason_to_output(context):
         return None
     lines = [error.evalue, *reversed(context.evidence.last_words.splitlines())]

@@ -144,7 +144,7 @@ def _stands_in(stack: Sequence[Frame], files: Sequence[str]) -> bool:
 
 
 def _is_thread_pool(observation: ActivityObservation) -> bool:
-    """Tell whether the pool is one of threads; multiprocessing uses the same code for both."""
+    """Tell whether a pool is one of threads; multiprocessing has the same code for processes."""
     return any(
         frame.function == "worker" and (frame.file or "").endswith("pool.py")
         for stack in observation.threads

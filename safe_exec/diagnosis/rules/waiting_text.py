@@ -139,7 +139,7 @@ def _ending(process: ObservedProcess) -> str:
 
 
 def advice(observation: ActivityObservation, *, python: bool) -> str:
-    """Return advice; empty if there is none beyond looking at the child."""
+    """Return advice for a wait; empty if there is none except to examine the child."""
     blocker = find_blocker(observation)
     if blocker is None or blocker.blockage is Blockage.IDLE:
         return _advice_for_lost_work(observation, python=python)
@@ -321,7 +321,7 @@ def printed_traceback(text: str) -> Traceback | None:
 
 
 def traceback_advice(traceback: Traceback) -> str:
-    """Explain the effect of an error in a thread of a pool on those who wait for the pool."""
+    """Explain how an error in a thread affects code that waits for its pool."""
     if "_handle_results" in traceback.owner and "__init__()" in traceback.error:
         return (
             "An exception of a worker could not be rebuilt in the notebook, and the pool's "

@@ -327,7 +327,7 @@ class Investigation:
         return reduction.texts(reduction.selection) if is_certain else sources
 
     def reduction_of(self, cells: tuple[int, ...], *, confirms: bool = False) -> Reduction:
-        """Return the reduction of culprit cells; without a crash line all of them has to stay."""
+        """Return the reduction of culprit cells. Without a crash line nothing can be removed."""
         return Reduction(
             {index: self.sources[index] for index in cells},
             crash=self.crash.index,
@@ -338,7 +338,7 @@ class Investigation:
         )
 
     async def reduce_others(self, cells: tuple[int, ...], reduction: Reduction) -> None:
-        """Reduce statements; each depth is confirmed."""
+        """Reduce the statements for a failure that is no hang, and confirm each depth."""
         if self.crash.line is None:
             return
         elapsed = time.monotonic() - self.start_time
@@ -358,9 +358,9 @@ class Investigation:
     async def reduce_hang(
         self, cells: tuple[int, ...], reduction: Reduction, start_time: float
     ) -> None:
-        """Reduce statements by trials whose hang is recognised; the last one has to be confirmed.
+        """Reduce statements by trials whose hang is recognised, then confirm the last one.
 
-        It goes on, and ends soon enough after ``start_time`` for the search to end in time.
+        That trial continues, and ends soon enough after ``start_time`` for the search's budget.
         """
         timeout = self.oracle.hang_timeout()
         if timeout is None or self.crash.line is None:

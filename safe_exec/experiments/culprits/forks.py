@@ -157,7 +157,7 @@ class Forks:
     async def _run_and_judge(
         self, cells: Sequence[ForkCell], time_budget: float
     ) -> ForkAnswer | None:
-        """Run cells, and note whether the failure was seen. Raises ForksFailed."""
+        """Run cells, and record whether the failure occurred. Raises ForksFailed."""
         if self.ended is not None:
             raise ForksFailed(self.ended)
         answer = answer_of(self._subject.failure, await self._run(cells, time_budget))

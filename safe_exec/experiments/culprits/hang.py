@@ -94,7 +94,7 @@ def seconds_until_recognised(cell_timeout: float | None) -> float | None:
 
 
 def line_in(stack: tuple[Frame, ...], cell: int) -> int | None:
-    """Return the line of a cell that runs; ``None`` if the stack does not show it."""
+    """Return the line at which a cell runs; ``None`` if the stack does not show it."""
     return next((frame.line for frame in stack if frame.cell == cell), None)
 
 

@@ -18,7 +18,7 @@ LOOK_SECONDS = 0.1
 
 
 class HangRun(Struct, frozen=True, kw_only=True):
-    """A trial that goes on, its request, and the crash cell if its notebook is another one."""
+    """A trial that continues, its request, and the crash cell if it runs another notebook."""
 
     task: asyncio.Task[TrialResult]
     request: TrialRequest
@@ -26,25 +26,28 @@ class HangRun(Struct, frozen=True, kw_only=True):
 
 
 class HangRuns:
-    """The trials that go on: at most one of each kind, the last. ``close()`` ends them."""
+    """The trials that continue: of each kind at most the last one. ``close()`` ends them."""
 
     def __init__(self, cancellation: Cancellation) -> None:
         self._cancellation = cancellation
         self._runs: dict[str, tuple[Hashable, HangRun]] = {}
 
     def has(self, key: Hashable) -> bool:
-        """Tell whether the trial of these cells goes on."""
+        """Tell whether a trial of these cells was left running."""
         return any(key == other for other, _ in self._runs.values())
 
     async def add(self, kind: str, key: Hashable, run: HangRun) -> None:
-        """Leave a trial running, in place of the one of this kind: its cells hang as well."""
+        """Leave a trial running, and end the previous one of its kind."""
         replaced_run = self._runs.pop(kind, None)
         self._runs[kind] = key, run
         if replaced_run is not None:
             await end(replaced_run[1].task)
 
     async def end_of(self, key: Hashable) -> HangRun | None:
-        """Wait until the trial of these cells is over; ``None`` without one, and after a signal."""
+        """Wait until the trial of these cells ends.
+
+        ``None`` if there is none, and after a signal.
+        """
         kind = next((kind for kind, (other, _) in self._runs.items() if other == key), None)
         if kind is None:
             return None

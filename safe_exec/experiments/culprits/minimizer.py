@@ -190,9 +190,9 @@ class _Searcher:
         return failed or (self.several_forms and reply.another_form)
 
     def count_all_forms(self) -> None:
-        """Count both forms of the failure, in the results so far as well.
+        """Count both forms as the failure, in the results so far as well.
 
-        The same cells produced them.
+        The same cells produced both.
         """
         self.several_forms = True
         for cells, tally in self.tallies.items():
@@ -211,7 +211,7 @@ class _Searcher:
         )
 
     def settled_as_passing(self, cells: frozenset[int]) -> bool:
-        """Tell whether it is settled that a set does not fail."""
+        """Tell whether enough runs have shown that a set does not fail."""
         tally = self.tallies.get(cells, _Tally())
         if cells in self.disregarded:
             return True

@@ -125,7 +125,7 @@ class ObservedTrial(Struct, frozen=True, kw_only=True):
 
 
 class _Watch:
-    """Notes that a trial's hang was recognised and that it goes on."""
+    """Records that a trial's hang was recognised and that the trial continues."""
 
     def __init__(self, has_room: Callable[[], bool]) -> None:
         self._has_room = has_room
@@ -133,7 +133,7 @@ class _Watch:
         self.observation: ActivityObservation | None = None
 
     def goes_on(self, observation: ActivityObservation) -> bool:
-        """Tell whether the trial may go on."""
+        """Tell whether the trial may continue."""
         if not self._has_room():
             return False
         self.observation = observation
@@ -258,7 +258,7 @@ class Oracle:
         return seconds_until_recognised(subject.request.cell_limits(cell).cell_timeout)
 
     def hang_timeout(self) -> float | None:
-        """Return the time of the crash cell; ``None`` without a timeout."""
+        """Return the timeout of the crash cell in seconds; ``None`` without one."""
         subject = self.subject
         return subject.request.cell_limits(subject.node.cells[subject.failure.cell]).cell_timeout
 
@@ -267,7 +267,7 @@ class Oracle:
         return tuple(self._forks.cells_of(cells)) in self._recognised_sets
 
     def is_hanging(self, cells: tuple[int, ...]) -> bool:
-        """Tell whether a trial of a set hangs, and goes on until its time is up."""
+        """Tell whether a trial of a set hangs and still runs."""
         return self._hang_runs.has(tuple(self._forks.cells_of(cells)))
 
     def is_forked_only(self, cells: tuple[int, ...]) -> bool:
@@ -460,7 +460,7 @@ class Oracle:
         self._recognised_sets.add(cells)
 
     def _of_picture(self, query: Query, line: int | None, seconds: float) -> AnsweredQuery:
-        """Return the answer of a trial whose hang was recognised, and which goes on."""
+        """Return the answer of a trial whose hang was recognised and which continues."""
         kind = self.subject.failure.kind.value
         reply = Reply(
             answer=Outcome.FAIL,

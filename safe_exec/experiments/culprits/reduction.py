@@ -39,10 +39,10 @@ class Piece(Struct, frozen=True, kw_only=True):
 
 
 class Reduction:
-    """The pieces of some cells that are still there.
+    """The pieces of some cells that were not removed.
 
     ``sources`` are the cells in order, ``crash`` is the last of them, ``lines`` are those that must
-    stay, by cell. If not ``confirms``, no depth is confirmed, but the whole by somebody else.
+    stay, by cell. Without ``confirms`` no depth is confirmed; the caller confirms the whole.
     """
 
     def __init__(

@@ -371,7 +371,7 @@ class Dependencies:
         return binders, False
 
     def _makers(self, name: str, at: int, *, weak: bool) -> frozenset[int]:
-        """Return the cells that created the object of a name, as it is when cell ``at`` begins."""
+        """Return the cells that created the object named ``name`` at the start of cell ``at``."""
         if (makers := self._makers_memo.get((name, at, weak))) is None:
             # An uncertain binding leaves earlier ones possible.
             binders, certain = self._binders(name, at)
@@ -394,7 +394,7 @@ class Dependencies:
         return self._changing[weak]
 
     def _changes(self, cell: int, *, weak: bool) -> set[str]:
-        """Return the names whose objects the cell changes, also through functions that it calls.
+        """Return the names of the objects that the cell changes, also in functions that it calls.
 
         With ``weak``, every object that it can reach counts as changed.
         """

@@ -128,7 +128,7 @@ class Bracket(Struct, frozen=True, kw_only=True):
 
     @property
     def found(self) -> bool:
-        """Whether the search was completed with both sides."""
+        """Whether the search was completed, with a passing and a failing value."""
         return self.ended is None and self.passes is not None and self.fails is not None
 
 

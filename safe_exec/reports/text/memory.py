@@ -46,7 +46,7 @@ def largest_holder(verdict: Verdict) -> str:
 
 
 def _explaining(verdict: Verdict) -> MemoryUse | None:
-    """Return the memory of a run that came near its memory limit, or has none that is known."""
+    """Return the memory of a run that came near its memory limit, or whose limit is unknown."""
     memory, limit = verdict.memory, verdict.limits.memory
     if memory is None or limit is None or memory.peak_bytes is None:
         return memory

@@ -35,7 +35,7 @@ NOT_ALLOWED = "it is not among the mechanisms allowed"
 class IsolationPlan(Struct, frozen=True, kw_only=True):
     """The mechanism of each wall.
 
-    ``enclosed``: the kernel runs in bubblewrap. ``landlock``: it is used.
+    ``enclosed``: the kernel runs in bubblewrap. ``landlock``: the kernel restricts itself.
     """
 
     walls: Mapping[Wall, Enforcement] = field(default_factory=dict)

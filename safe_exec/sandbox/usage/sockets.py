@@ -110,7 +110,7 @@ def quiet_ports(count: int) -> list[int]:
 
 
 def address_of(text: str) -> str | None:
-    """Return the address of a row of /proc/net/tcp, ``None`` if it is no other host's."""
+    """Return the address of a row of /proc/net/tcp; ``None`` for an address of this machine."""
     address = _address(text)
     return None if address.is_loopback or address.is_unspecified else str(address)
 
