@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
+import inspect
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import wraps
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 from safe_exec.errors import UsageError
 from safe_exec.limits import isolation
+from safe_exec.limits.spec import SPECS
 from safe_exec.model.events import EventSink
 from safe_exec.model.limits import Limits
 from safe_exec.model.verdict import Verdict
@@ -104,6 +107,14 @@ async def run_async(
     ``run`` returns the verdict and must not be called from a running event loop: await
     ``run_async`` there, which has the same arguments.
     """
+    _demand_kinds(
+        limits=limits,
+        options=options,
+        parameters=parameters,
+        skip_tags=skip_tags,
+        only_tags=only_tags,
+        keep_files=keep_files,
+    )
     job = Job(
         path=Path(path),
         limits=limits,
@@ -160,10 +171,24 @@ def _blocking(
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> Verdict:
         _refuse_a_running_loop()
+        _refuse_unknown(kwargs)
         return asyncio.run(function(*args, **kwargs))
 
     call.__name__ = call.__qualname__ = name
     return call
+
+
+def _refuse_unknown(arguments: Mapping[str, object]) -> None:
+    """Raise TypeError, which Python would word for `run_async`, for an unknown argument."""
+    parameters = inspect.signature(run_async).parameters
+    for name in arguments:
+        if name in SPECS:
+            if name not in parameters:
+                raise TypeError(f"run() has no argument {name!r}: write options={{{name!r}: ...}}")
+        elif name not in parameters:
+            near = difflib.get_close_matches(name, (*parameters, *SPECS), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"run() has no argument {name!r}{hint}")
 
 
 def _refuse_a_running_loop() -> None:
@@ -179,6 +204,36 @@ def _refuse_a_running_loop() -> None:
 
 # Arguments and their documentation stand in one place, above.
 run = _blocking(run_async, "run")
+
+
+def _demand_kinds(
+    *,
+    limits: object,
+    options: object,
+    parameters: object,
+    skip_tags: object,
+    only_tags: object,
+    keep_files: object,
+) -> None:
+    """Raise UsageError for arguments of a kind that is easily mistaken."""
+    if limits is not None and not isinstance(limits, str | Limits):
+        raise UsageError(
+            f"limits: expected a profile, a file or Limits, found {type(limits).__name__};"
+            " single limits are options={'memory': '1G'}"
+        )
+    for name, value in (("options", options), ("parameters", parameters)):
+        if value is not None and not isinstance(value, Mapping):
+            raise UsageError(
+                f"{name}: expected names with values, such as {{'name': 1}}, found {type(value).__name__}"
+            )
+    for name, value in (
+        ("skip_tags", skip_tags),
+        ("only_tags", only_tags),
+        ("keep_files", keep_files),
+    ):
+        # A text is a sequence too, of letters.
+        if isinstance(value, str):
+            raise UsageError(f"{name}: expected a list of texts, such as [{value!r}]")
 
 
 def _bisect(word: str) -> Bisect:

@@ -49,7 +49,7 @@ def read_regular(path: Path, *, most: int, error: type[UsageError]) -> bytes:
             # One byte more, to tell a file of exactly this size from a larger one.
             data = _read_up_to(file, most + 1)
     except FileNotFoundError:
-        raise error(f"{name}: no such file{_nearest(path)}") from None
+        raise error(f"{name}: no such file{nearest_file(path)}") from None
     # ValueError: no file can have this name.
     except (OSError, ValueError) as problem:
         raise error(f"{name}: {_reason(problem)}") from None
@@ -118,12 +118,14 @@ def _system_text(problem: OSError | ValueError) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _nearest(path: Path) -> str:
+def nearest_file(path: Path) -> str:
     """Return a hint at a file with a similar name."""
     try:
         names = [
             entry.name for entry in os.scandir(path.parent) if entry.name.endswith(path.suffix)
         ]
+        if path.name and not path.suffix and f"{path.name}.ipynb" in names:
+            return f"; did you mean {one_line(path)}.ipynb?"
     except OSError:
         return f" (nor a directory {one_line(path.parent)})" if not path.parent.is_dir() else ""
     # Imported only for this error: a run that is in order saves three milliseconds.

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from msgspec import Struct, field
 
 from safe_exec.errors import UsageError
-from safe_exec.files import one_line
+from safe_exec.files import nearest_file, one_line
 from safe_exec.keeper.path_patterns import matches
 from safe_exec.notebook.text_formats import is_text_format
 
@@ -198,7 +198,7 @@ def _add_argument(argument: str, selection: _FileSet, out: Path) -> None:
     elif glob.has_magic(argument):
         _add_pattern(argument, selection, out)
     else:
-        raise UsageError(f"{one_line(argument)}: no such file or directory")
+        raise UsageError(f"{one_line(argument)}: no such file or directory{nearest_file(path)}")
 
 
 def _add_pattern(pattern: str, selection: _FileSet, out: Path) -> None:

@@ -17,9 +17,9 @@ from safe_exec.batch.admission import AUTO, capacity_for, parse_jobs
 from safe_exec.batch.cluster.connection import LOCAL, ClusterAddress, demand_dask, parse_cluster
 from safe_exec.batch.ordering import cut, parse_shard, read_timings
 from safe_exec.batch.selection import SelectedNotebook, select
-from safe_exec.cli.batch_result import show
+from safe_exec.cli.batch_result import show, unused_inputs
 from safe_exec.cli.grouped_help import GroupedCommand
-from safe_exec.cli.options.job import JobOptions, job_of, job_options
+from safe_exec.cli.options.job import JobOptions, check_limits, job_of, job_options
 from safe_exec.cli.options.outputs import follow_option
 from safe_exec.cli.options.reports import ReportOptions, make_out, out_option, report_options
 from safe_exec.cli.options.retries import retry_of
@@ -130,6 +130,7 @@ def command(
     name = next((name for name, is_used in without_cluster.items() if is_used), None)
     if address is not None and name is not None:
         raise UsageError(f"{name}: not available with --cluster; leave one of them out")
+    check_limits(options.limits, options.figures, options.require)
     number = parse_jobs(jobs, cpus_available())
     # Workers decide how many notebooks run at a time, unless the user limits their number.
     most = 0 if address is not None and jobs == AUTO else number
@@ -162,6 +163,8 @@ def command(
             progress.note(note)
         report = partial(write_all, more=choice.files)
         batch = asyncio.run(run_batch(plan, progress, report, _scheduler_on(address)))
+        for note in unused_inputs(batch):
+            progress.note(note)
     # Printed after the progress display has ended: GitHub needs whole lines.
     choice.print_annotations(batch)
     show(batch, sys.stdout, quiet=quiet)

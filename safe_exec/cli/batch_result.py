@@ -11,6 +11,9 @@ from safe_exec.reports.batch.progress import line_of
 from safe_exec.reports.batch.results import NOT_RUN, UNCHANGED, BatchResult, NotebookResult
 from safe_exec.reports.terminal import Style
 
+# Starts of warnings (``safe_exec.notebook.parameters`` and ``selection``).
+INPUT_WARNINGS = ("unknown parameter ", "--skip-tag ", "--only-tag ")
+
 
 def show(batch: BatchResult, stream: TextIO, *, quiet: bool) -> None:
     """Print the failed notebooks, the output directory, and the line for scripts."""
@@ -45,3 +48,26 @@ def _headline(result: NotebookResult) -> str:
     # Another program may have overwritten the verdict.
     except (ValueError, KeyError):
         return ""
+
+
+def unused_inputs(batch: BatchResult) -> list[str]:
+    """Return a note for each parameter and tag that no notebook of the batch has.
+
+    In a batch some notebooks lack a tag, so a single warning means little. One in all of them is a
+    misspelling, with which everything passes.
+    """
+    documents = [document for result in batch.results if (document := result.document())]
+    warnings = [
+        {_subject(text): str(text) for text in document.get("warnings", ()) if _subject(text)}
+        for document in documents
+    ]
+    if not warnings:
+        return []
+    # The hint at a similar name may differ between notebooks.
+    return [text for name, text in warnings[0].items() if all(name in other for other in warnings)]
+
+
+def _subject(warning: object) -> str:
+    """Return the start of a warning about a parameter or tag, ``""`` for other warnings."""
+    text = str(warning)
+    return text.partition(":")[0] if text.startswith(INPUT_WARNINGS) else ""

@@ -14,6 +14,33 @@ from safe_exec.files import one_line
 
 NOTEBOOK_ENDS = (".ipynb", ".py", ".md", ".Rmd", ".qmd", ".R", ".jl")
 
+# Options of papermill, nbmake, nbval, nbconvert and pytest by what they are here.
+OF_OTHER_TOOLS = {
+    **dict.fromkeys(
+        ("-f", "--parameters_file", "-y", "--parameters_yaml", "-b", "--parameters_base64"),
+        "for a file of parameters use --parameters FILE",
+    ),
+    "--parameters_raw": "use -r NAME TEXT",
+    "--help-notebook": "use safe-exec params NOTEBOOK",
+    "-k": "use --kernel NAME",
+    "--log-output": "use --follow",
+    **dict.fromkeys(
+        ("--execution-timeout", "--nbmake-timeout", "--nbval-cell-timeout"),
+        "use --cell-timeout, with a unit: 90s",
+    ),
+    "--start_timeout": "use --start-timeout, with a unit: 60s",
+    **dict.fromkeys(("--inplace", "--overwrite"), "use --in-place"),
+    "--nbval": "use --compare",
+    "--nbval-lax": "use --compare-lax",
+    "--nbval-sanitize-with": "use --sanitize-with",
+    **dict.fromkeys(
+        ("--nbmake-kernel", "--nbval-kernel-name", "--kernel_name"), "use --kernel NAME"
+    ),
+    **dict.fromkeys(
+        ("--junitxml", "--junit-xml"), "safe-exec batch always writes junit.xml to --out"
+    ),
+}
+
 
 def usage_line(
     error: click.ClickException, commands: Collection[str], ctx: click.Context | None
@@ -39,6 +66,8 @@ def usage_line(
 def _no_such_option(error: click.exceptions.NoSuchOption) -> str:
     command = "safe-exec" if error.ctx is None else error.ctx.command_path
     name = one_line(error.option_name)
+    if name in OF_OTHER_TOOLS:
+        return f"there is no option {name}; {OF_OTHER_TOOLS[name]}"
     other_command = _other_command(name, command)
     if other_command is not None:
         return f"{name} is no option of {command}, but of safe-exec {other_command}"
@@ -120,7 +149,7 @@ def _other(
     if message.startswith("Got unexpected extra argument"):
         extra = message.partition("(")[2].rpartition(")")[0]
         hint = (
-            "run takes one notebook; for several use safe-exec batch"
+            f"run takes one notebook; for its output write -o {extra}, for several notebooks use safe-exec batch"
             if ctx.command.name == "run"
             else f"see `{ctx.command_path} --help`"
         )

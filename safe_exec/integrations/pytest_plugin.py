@@ -5,9 +5,10 @@ pytest imports this module at every start, so costly imports happen inside funct
 
 from __future__ import annotations
 
+import argparse
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,8 +51,32 @@ MARK = "safe_exec_version"
 # The start of the verdict's warning that names such files (``safe_exec.trial.discarded``).
 NOT_KEPT = "files that were not kept"
 
+# Parts of warnings (``safe_exec.notebook.parameters`` and ``selection``) about a likely misspelling.
+UNKNOWN_PARAMETER = "unknown parameter "
+NOTHING_RAN = "; no cell was run"
+
 # ipykernel does not watch descriptors 1 and 2 of a kernel with this variable.
 UNDER_TEST = "PYTEST_CURRENT_TEST"
+
+
+def _number(
+    kind: Callable[[str], float], least: float, most: float | None = None
+) -> Callable[[str], float]:
+    """Return a parser of a number within bounds, for argparse."""
+    bounds = f"from {least}" if most is None else f"from {least} to {most}"
+    expected = f"expected {'a whole number' if kind is int else 'a number'} {bounds}"
+
+    def parse(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{expected}, found {text!r}") from None
+        # Written so that NaN is refused.
+        if not least <= number <= (number if most is None else most):
+            raise argparse.ArgumentTypeError(f"{expected}, found {text}")
+        return number
+
+    return parse
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -103,13 +128,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         )
     group.addoption(
         "--safe-exec-compare-tolerance",
-        type=float,
+        type=_number(float, 0),
         metavar="X",
         help="As `safe-exec run --compare-tolerance`.",
     )
     group.addoption(
         "--safe-exec-compare-images",
-        type=int,
+        type=_number(int, 0, 64),
         metavar="N",
         help="As `safe-exec run --compare-images`.",
     )
@@ -136,10 +161,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="As `safe-exec run --coverage`; pytest-cov includes the data in its report.",
     )
     group.addoption(
-        "--safe-exec-repeat", type=int, default=1, metavar="N", help="As `safe-exec run --repeat`."
+        "--safe-exec-repeat",
+        type=_number(int, 1, 1000),
+        default=1,
+        metavar="N",
+        help="As `safe-exec run --repeat`.",
     )
     group.addoption(
-        "--safe-exec-retries", type=int, metavar="N", help="As `safe-exec run --retries`."
+        "--safe-exec-retries",
+        type=_number(int, 0, 10),
+        metavar="N",
+        help="As `safe-exec run --retries`.",
     )
     group.addoption("--safe-exec-retry-on", metavar="REGEX", help="As `safe-exec run --retry-on`.")
     group.addoption(
@@ -274,7 +306,9 @@ def _settings(config: pytest.Config) -> Settings:
     return Settings(
         out=_directory(config, out),
         keeps=out is not None,
-        limits=_checked(config.getoption("safe_exec_limits"), options),
+        limits=_checked(
+            config.getoption("safe_exec_limits"), options, config.getoption("safe_exec_require")
+        ),
         options=options,
         walls=walls_with(walls_of(_isolation_options(config), prefix="--safe-exec-"), variables),
         # Lenient: in a folder of notebooks, some have no cell with a given tag.
@@ -399,17 +433,15 @@ def _working_directory(text: str | None, base: Path) -> Path | None:
     return directory
 
 
-def _checked(limits: str | None, options: dict[str, str]) -> str | None:
+def _checked(limits: str | None, options: dict[str, str], require: str | None) -> str | None:
     """Check the limits, and return the profile or an absolute path. Raises LimitsError."""
     # Absolute, because other tests may change the working directory.
+    from safe_exec.cli.options.job import check_limits
     from safe_exec.limits import profiles
-    from safe_exec.sandbox.host.capabilities import detect
 
-    memory = detect().memory_total
-    profiles.parse_overrides(options, error_prefix="--safe-exec-", machine_memory=memory)
-    if limits is None:
+    profile = check_limits(limits, options, require, "--safe-exec-")
+    if profile is None:
         return None
-    profile = profiles.load_profile(limits, machine_memory=memory)
     # A name stays a name, so that errors and the header show the user's own word.
     return limits if profile.path.parent == profiles.profile_dir() else str(profile.path.absolute())
 
@@ -498,6 +530,10 @@ class FilesNotKept(pytest.PytestWarning):
     """A notebook passed, and files that it wrote are gone with its sandbox."""
 
 
+class UnusedInputs(pytest.PytestWarning):
+    """A notebook passed, and a parameter or a tag that was given does not exist in it."""
+
+
 class FlakyCells(pytest.PytestWarning):
     """The results of a cell differ between runs (``--safe-exec-repeat``)."""
 
@@ -535,6 +571,9 @@ class NotebookItem(pytest.Item):
         file_warnings = [warning for warning in verdict.warnings if warning.startswith(NOT_KEPT)]
         for warning in file_warnings:
             self.warn(FilesNotKept(f"{self.nodeid}: {warning}"))
+        for warning in verdict.warnings:
+            if warning.startswith(UNKNOWN_PARAMETER) or warning.endswith(NOTHING_RAN):
+                self.warn(UnusedInputs(f"{self.nodeid}: {warning}"))
         for cell in verdict.flaky_cells:
             self.warn(FlakyCells(f"{self.nodeid}: code cell {cell.code_index + 1}: {cell.summary}"))
         if not self._settings.keeps:

@@ -446,6 +446,8 @@ def _locate(text: str, folder: Path, error_prefix: str) -> tuple[Path, bool]:
     # Tried last, so that a file named ``ci`` cannot replace the profile ``ci``.
     if (folder / text).is_file():
         return folder / text, False
+    if (folder / text).is_dir():
+        raise LimitsError(f"{error_prefix}{one_line(text)}: is a directory; name a file in it")
     advice = nearest(text, shipped_profiles())
     raise LimitsError(
         f"{error_prefix}unknown profile {one_line(text)!r}; {advice}, or a file (its name with / or .yaml)"

@@ -33,6 +33,9 @@ from safe_exec.units import (
 # A limit in bytes, seconds or as a count; ``None`` is unlimited.
 Figure = int | float | None
 
+# No kernel starts with less. A smaller number has lost its unit.
+_LEAST_MEMORY = 1 << 20
+
 # The valid keys under ``limits:``; ``-`` counts as ``_``.
 LIMIT_NAMES = tuple(SPECS)
 
@@ -169,15 +172,26 @@ def _figure(name: str, value: object, place: str, machine_memory: int | None) ->
     try:
         # Only memory has a total that a percentage can refer to.
         share = parse_percent(value) if name == "memory" else None
-        if share is None:
-            return _PARSERS[SPECS[name].kind](value)
+        figure = _PARSERS[SPECS[name].kind](value) if share is None else None
     except UnitError as problem:
         raise LimitsError(f"{place}: {problem}") from None
+    if share is None:
+        # Files and metadata are not typed in haste, and may have been written by a program.
+        is_typed = place.startswith("--")
+        if is_typed and name == "memory" and figure is not None and figure < _LEAST_MEMORY:
+            raise LimitsError(f"{place}: {_too_little(value)}")
+        return figure
     # A cell cannot set memory, and some systems do not report theirs.
     if machine_memory is None:
         raise LimitsError(f"{place}: {shown(value)} of an unknown memory; give a size such as 2G")
     # A tiny share must not become 0, which is no valid limit.
     return max(1, int(share * machine_memory))
+
+
+def _too_little(value: object) -> str:
+    text = str(value).strip()
+    guess = f"did you mean {text}M?" if text.isdigit() else "give a size such as 512M"
+    return f"{shown(value)} is too little for any kernel: a number alone is bytes; {guess}"
 
 
 def _name(key: object) -> str:

@@ -161,7 +161,8 @@ def _syntax_error(problem: yaml.YAMLError, path: Path) -> str:
     mark = getattr(problem, "problem_mark", None)
     place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
     text = getattr(problem, "problem", None) or str(problem).splitlines()[0]
-    return f"{one_line(path)}{place}: not valid YAML: {one_line(text)}"
+    hint = "; check the indentation of this line" if "block" in text else ""
+    return f"{one_line(path)}{place}: not valid YAML: {one_line(text)}{hint}"
 
 
 def _value(node: Any, path: Path, line: int) -> Value:

@@ -121,7 +121,8 @@ def read_sanitizers(path: Path) -> tuple[tuple[re.Pattern[str], str], ...]:
     Raises UsageError.
     """
     text = read_regular(path, most=_MOST_BYTES, error=UsageError).decode(errors="replace")
-    sanitizers: list[tuple[re.Pattern[str], str]] = []
+    # A later rule for the same text replaces the earlier one, in its place.
+    sanitizers: dict[re.Pattern[str], str] = {}
     pattern: re.Pattern[str] | None = None
     for number, line in enumerate(text.splitlines(), 1):
         place = f"{one_line(path)}:{number}"
@@ -133,11 +134,15 @@ def read_sanitizers(path: Path) -> tuple[tuple[re.Pattern[str], str], ...]:
         elif colon and key == "replace":
             if pattern is None:
                 raise UsageError(f"{place}: expected 'regex:' above this 'replace:'")
-            sanitizers.append((pattern, value.removeprefix(" ")))
+            sanitizers[pattern] = value.removeprefix(" ")
             pattern = None
     if pattern is not None:
         raise UsageError(f"{one_line(path)}: the last 'regex:' has no 'replace:'")
-    return tuple(sanitizers)
+    if not sanitizers:
+        raise UsageError(
+            f"{one_line(path)}: no rules in it; expected pairs of lines: regex: ... and replace: ..."
+        )
+    return tuple(sanitizers.items())
 
 
 def _compiled(text: str, place: str) -> re.Pattern[str]:

@@ -61,20 +61,38 @@ class Notation(NamedTuple):
             return self.mapping.format(", ".join(pairs))
         if isinstance(value, Sequence):
             return self.sequence.format(", ".join(map(self.literal, value)))
-        return repr(value)
+        return _number(value)
+
+
+def _number(value: object) -> str:
+    # Subclasses, such as numpy's float64, have a repr that is no literal.
+    for kind in (int, float):
+        if isinstance(value, kind):
+            return kind.__repr__(value)
+    raise ValueError(
+        f"{type(value).__name__} has no literal; pass a number, a text, a list or a mapping"
+    )
 
 
 def bash(value: Value) -> str:
-    """Return a word of the shell. Raises ValueError for lists and mappings."""
+    """Return a word of the shell, or an array. Raises ValueError for mappings and nested lists."""
     if value is None:
         return "''"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
     if isinstance(value, str):
         return shlex.quote(value)
-    raise ValueError("a shell variable holds no list or mapping; pass a text")
+    if isinstance(value, Mapping | Sequence):
+        return _bash_array(value)
+    return _number(value)
+
+
+def _bash_array(value: Mapping[str, Value] | Sequence[Value]) -> str:
+    if isinstance(value, Mapping) or any(
+        isinstance(item, Mapping | Sequence) and not isinstance(item, str) for item in value
+    ):
+        raise ValueError("a shell variable holds no mapping and no nested list; pass a text")
+    return f"({' '.join(map(bash, value))})"
 
 
 def _quoted(text: str) -> str:

@@ -247,7 +247,7 @@ def _parse(data: bytes, path: Path) -> Any:
             raise NotebookError(f"{one_line(path)}: {one_line(other)}") from None
         place = f"{one_line(path)}:{problem.lineno}:{problem.colno}"
         raise NotebookError(
-            f"{place}: not JSON: {problem.msg}; a notebook is a JSON file"
+            f"{place}: not JSON: {problem.msg}; pass a file that Jupyter saved (.ipynb)"
         ) from None
     except ValueError:
         # Int() refuses more than 4300 digits.

@@ -33,6 +33,9 @@ WITHOUT_DEFAULTS = (
     " a later cell may set them again"
 )
 _MOST_BYTES = 16 << 20
+# A cell of parameters that does not parse is read piece by piece, which takes quadratic time.
+_MOST_LINES = 300
+_LONGEST_STATEMENT = 30
 _KEYWORDS = {"True": True, "False": False, "None": None}
 _ASSIGNMENT = re.compile(r"^\s*(?:var |let |const |export )?([\w.]+)\s*(?:<-|=)\s*(.*?);?\s*$")
 _COMMENT = re.compile(r"\s(?:#|//)\s*(.*)$")
@@ -75,7 +78,7 @@ def typed(text: str) -> Value:
     return text
 
 
-def read_file(path: Path, option: str = "--parameters") -> dict[str, Value]:
+def read_file(path: Path) -> dict[str, Value]:
     """Read the parameters in a YAML or JSON file. Raises UsageError, one line."""
     data = read_regular(path, most=_MOST_BYTES, error=UsageError)
     try:
@@ -85,13 +88,11 @@ def read_file(path: Path, option: str = "--parameters") -> dict[str, Value]:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}:{mark.column + 1}" if mark is not None else ""
         reason = getattr(error, "problem", None) or one_line(error)
-        raise UsageError(f"{option} {one_line(path)}{place}: not YAML or JSON: {reason}") from None
+        raise UsageError(f"{one_line(path)}{place}: not YAML or JSON: {reason}") from None
     if document is None:
         return {}
     if not isinstance(document, dict) or not all(isinstance(name, str) for name in document):
-        raise UsageError(
-            f"{option} {one_line(path)}: expected names with values, such as: alpha: 0.1"
-        )
+        raise UsageError(f"{one_line(path)}: expected names with values, such as: alpha: 0.1")
     return document
 
 
@@ -148,7 +149,10 @@ def _source(values: Mapping[str, Value], name: str) -> str:
 
 def _assignment(language: Language, of: str, name: str, value: Value) -> str:
     if not language.is_name(name):
-        raise UsageError(f"-p {one_line(name)}: not the name of a variable in {of}")
+        raise UsageError(
+            f"-p {one_line(name)}: not the name of a variable in {of}; it has letters, digits and _,"
+            " begins with a letter and is no keyword"
+        )
     try:
         literal = language.literal(value)
     except ValueError as error:
@@ -203,12 +207,32 @@ def declared_parameters(node: Any, language: str | None) -> tuple[Parameter, ...
         return ()
     source = node.cells[index].source
     if (language or "python").lower() == "python":
-        try:
-            return tuple(_python_parameters(source))
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            # A magic, or a cell that is about to fail: line by line, as in other languages.
-            pass
+        return tuple(_python_parameters(_valid_python(source)))
     return tuple(_line_parameters(source))
+
+
+def _valid_python(source: str) -> str:
+    """Return the source without lines that are no Python, such as a magic or a broken statement."""
+    if _parses(source):
+        return source
+    lines = source.splitlines()[:_MOST_LINES]
+    valid: list[str] = []
+    start = 0
+    while start < len(lines):
+        # The shortest piece that parses; a statement may take several lines.
+        ends = range(start + 1, min(len(lines), start + _LONGEST_STATEMENT) + 1)
+        end = next((end for end in ends if _parses("\n".join(lines[start:end]))), None)
+        valid += lines[start : end or start]
+        start = end or start + 1
+    return "\n".join(valid)
+
+
+def _parses(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def _python_parameters(source: str) -> list[Parameter]:

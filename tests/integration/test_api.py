@@ -275,6 +275,11 @@ def test_the_event_log_holds_the_same_events(tmp_path: Path) -> None:
         ({"output": "missing/o.ipynb"}, OutputPathError, "missing"),
         ({"verdict": "."}, OutputPathError, "directory"),
         ({"cwd": "missing"}, UsageError, "missing"),
+        ({"limits": {"memory": "1G"}}, UsageError, "single limits are options="),
+        ({"parameters": [1]}, UsageError, "parameters: expected names with values"),
+        ({"parameters": {"a": object()}}, UsageError, "-p a: object has no literal"),
+        ({"only_tags": "show"}, UsageError, "expected a list of texts"),
+        ({"options": {"memory": 512}}, LimitsError, "did you mean 512M"),
     ],
 )
 def test_errors_before_anything_is_written(
@@ -293,6 +298,20 @@ def test_errors_before_anything_is_written(
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == ["nb.ipynb"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("memory", r"write options=\{'memory': ...\}"),
+        ("paramters", "did you mean 'parameters'"),
+        ("xyz", r"run\(\) has no argument 'xyz'$"),
+    ],
+)
+def test_an_unknown_argument_says_how_to_write_it(name: str, words: str) -> None:
+    arguments: dict[str, Any] = {name: 1}
+    with pytest.raises(TypeError, match=words):
+        safe_exec.run("nb.ipynb", **arguments)
 
 
 def test_run_within_a_loop_is_refused_and_run_async_is_not(tmp_path: Path) -> None:

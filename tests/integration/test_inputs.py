@@ -128,6 +128,8 @@ def test_a_batch_gives_all_notebooks_the_same_and_takes_those_without_the_tag(
     assert done.returncode == 0, done.stdout + done.stderr
     (verdict,) = (json.loads(path.read_text()) for path in out.rglob("one.verdict.json"))
     assert verdict["notebook"]["parameters"] == {"alpha": 2}
+    # One of the notebooks has the tag: nothing is misspelt.
+    assert "no code cell has this tag" not in done.stderr
     again = command(
         "batch", tmp_path, "--out", out, "-p", "alpha", "2", "--skip-tag", "end", "--only-changed"
     )
@@ -136,6 +138,8 @@ def test_a_batch_gives_all_notebooks_the_same_and_takes_those_without_the_tag(
         "batch", tmp_path, "--out", out, "-p", "alpha", "3", "--skip-tag", "end", "--only-changed"
     )
     assert "unchanged" not in again.stdout, "other parameters are another run"
+    misspelt = command("batch", tmp_path, "--out", tmp_path / "other", "--skip-tag", "edn")
+    assert "note: --skip-tag edn: no code cell has this tag" in misspelt.stderr
 
 
 def test_the_plugin_takes_the_same(tmp_path: Path) -> None:

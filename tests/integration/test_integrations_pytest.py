@@ -210,6 +210,7 @@ def test_ends_that_are_no_cells(project: Path, mark: str) -> None:
         (("--safe-exec-writable", "/"), "--safe-exec-writable /: / itself cannot be named"),
         (("--safe-exec-env", "A=b"), "--safe-exec-env A: expected the name of a variable of yours"),
         (("--safe-exec-cwd", "nowhere"), "no such directory to run in (--safe-exec-cwd)"),
+        (("--safe-exec-require", "memroy"), "--safe-exec-require: memroy is no limit"),
     ],
 )
 def test_a_wrong_option_is_one_error(
@@ -254,6 +255,35 @@ def test_isolation_is_opened_by_the_options_of_run(project: Path, mark: str) -> 
     assert done.returncode == 0, done.stdout
     assert (home / "out" / "table.csv").read_text() == "a,b"
     assert run_pytest(project, mark, *asked, env=env).returncode == 1, "without them it is closed"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--safe-exec-repeat", "0"), "expected a whole number from 1 to 1000, found 0"),
+        (("--safe-exec-retries=-1",), "expected a whole number from 0 to 10, found -1"),
+        (("--safe-exec-compare-images", "x"), "expected a whole number from 0 to 64, found 'x'"),
+        (("--safe-exec-compare-tolerance", "nan"), "expected a number from 0, found nan"),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused(
+    project: Path, mark: str, options: tuple[str, ...], words: str
+) -> None:
+    done = run_pytest(project, mark, "--safe-exec", *options)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR and words in done.stderr, done.stderr
+
+
+def test_a_misspelt_parameter_or_tag_is_a_warning(project: Path, mark: str) -> None:
+    path = make_notebook(project / "with_values.ipynb", "alpha = 1", "alpha")
+    path.write_text(
+        path.read_text().replace('"metadata": {}', '"metadata": {"tags": ["parameters"]}', 1)
+    )
+    asked = ("--safe-exec", "--safe-exec-no-bisect", path.name, "-W", "default")
+    done = run_pytest(project, mark, *asked, "--safe-exec-parameter", "alpah", "2")
+    assert done.returncode == 0, done.stdout
+    assert "UnusedInputs: " in done.stdout and "did you mean 'alpha'?" in done.stdout
+    done = run_pytest(project, mark, *asked, "--safe-exec-only-tag", "shwo")
+    assert done.returncode == 0 and "no cell was run" in done.stdout, done.stdout
 
 
 def test_files_that_are_not_kept_are_a_warning(project: Path, mark: str) -> None:

@@ -218,9 +218,11 @@ def comparison_of(options: InputOptions, prefix: str = "--") -> ComparisonRules 
     if options.image_distance is not None:
         # A missing library must be an error now, and not after the notebook has run.
         demand_pillow()
+    with _naming(f"{prefix}sanitize-with"):
+        sanitizers = tuple(pair for path in options.sanitizers for pair in read_sanitizers(path))
     return ComparisonRules(
         lax=options.compare_lax,
-        sanitizers=tuple(pair for path in options.sanitizers for pair in read_sanitizers(path)),
+        sanitizers=sanitizers,
         tolerance=options.tolerance,
         image_distance=options.image_distance,
     )

@@ -29,7 +29,11 @@ from safe_exec.cli.options.limits import (
 from safe_exec.cli.options.outputs import OutputOptions, coverage_of, form_of, output_options
 from safe_exec.cli.options.retries import RetryOptions, retry_options
 from safe_exec.errors import UsageError
+from safe_exec.limits import profiles
+from safe_exec.model.limits import Limits
 from safe_exec.notebook.kernel_choice import KernelFallback
+from safe_exec.sandbox.host.capabilities import detect
+from safe_exec.sandbox.planner import parse_required
 from safe_exec.units import UnitError, parse_duration
 from safe_exec.workflows.prepare import Bisect, Job, command_line
 
@@ -167,6 +171,25 @@ def job_of(notebook: Path, options: JobOptions, *, lenient: bool = False) -> Job
         bisect=Bisect.NEVER if options.no_bisect else Bisect(options.bisect),
         bisect_budget=parse_budget(options.bisect_budget),
     )
+
+
+def check_limits(
+    limits: str | None, figures: Figures, require: str | None, prefix: str = "--"
+) -> profiles.Profile | None:
+    """Check the limits of many notebooks, and return the profile that ``limits`` names.
+
+    Raises LimitsError and UsageError: a wrong limit is one error, not one for each notebook.
+    """
+    demand_profile_name(limits)
+    memory = detect().memory_total
+    profiles.parse_overrides(figures, error_prefix=prefix, machine_memory=memory)
+    if require is not None:
+        try:
+            # Which of them are set depends on the notebook.
+            parse_required(require, Limits())
+        except ValueError as error:
+            raise UsageError(f"{prefix}require: {error}") from None
+    return None if limits is None else profiles.load_profile(limits, machine_memory=memory)
 
 
 def parse_budget(text: str | None, option: str = "--bisect-budget") -> float | None:

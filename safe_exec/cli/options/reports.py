@@ -80,6 +80,8 @@ def make_out(out: Path) -> Path:
     """Create the output directory and return its path without links. Raises OutputPathError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise OutputPathError(f"--out {one_line(out)}: is a file; name a directory") from None
     except OSError as error:
         raise OutputPathError(f"--out {one_line(out)}: cannot be made: {error.strerror}") from None
     # The root of all documents must contain no link: see OutputRoot.

@@ -27,7 +27,20 @@ ROWS = [
     (["run", "nb.ipynb", "--jobs", "4"], "no option of safe-exec run, but of safe-exec batch"),
     (["batch", "folder", "--json"], "no option of safe-exec batch, but of safe-exec run"),
     (["run", "nb.ipynb", "--retries", "x"], "a whole number from 0 to 10, found 'x'"),
+    (["run", "nb"], "nb: no such file; did you mean nb.ipynb?"),
+    (["batch", "nb"], "nb: no such file or directory; did you mean nb.ipynb?"),
+    (["batch", "folder", "--limits", "strickt"], "did you mean strict?"),
+    (["batch", "folder", "--require", "memroy"], "--require: memroy is no limit"),
+    (["batch", "folder", "--cell-timeout", "-5"], "--cell-timeout: '-5' is negative"),
+    (["batch", "nb.ipynb", "--out", "nb.ipynb"], "is a file; name a directory"),
+    # Options of other tools.
+    (["run", "nb.ipynb", "-f", "values.yaml"], "for a file of parameters use --parameters FILE"),
+    (["run", "nb.ipynb", "--log-output"], "there is no option --log-output; use --follow"),
+    (["run", "nb.ipynb", "--nbval-lax"], "use --compare-lax"),
+    (["batch", "folder", "--junitxml", "x"], "always writes junit.xml"),
     # A wrong unit, number or choice.
+    (["run", "nb.ipynb", "--memory", "512"], "a number alone is bytes; did you mean 512M?"),
+    (["run", "nb.ipynb", "--memory", "0.5K"], "too little for any kernel"),
     (["run", "nb.ipynb", "--memory", "1Q"], "a number with K, M, G or T, such as 512M"),
     (["run", "nb.ipynb", "--cell-timeout", "5x"], "such as 90s or 1h30m"),
     (["run", "nb.ipynb", "--retries", "99"], "--retries: expected a whole number from 0 to 10"),
@@ -39,7 +52,10 @@ ROWS = [
     # A value that is missing, or one too many.
     (["run"], "expected safe-exec run NOTEBOOK"),
     (["batch"], "expected safe-exec batch PATH..."),
-    (["run", "nb.ipynb", "two.ipynb"], "run takes one notebook; for several use safe-exec batch"),
+    (
+        ["run", "nb.ipynb", "two.ipynb"],
+        "for its output write -o two.ipynb, for several notebooks use safe-exec batch",
+    ),
     (["run", "nb.ipynb", "--memory"], "--memory: expected --memory SIZE"),
     (["run", "nb.ipynb", "--bisect"], "--bisect: expected --bisect auto|always|never"),
     (["run", "nb.ipynb", "-p", "x"], "-p: expected -p NAME VALUE"),
@@ -54,6 +70,15 @@ ROWS = [
     (["run", "nb.ipynb", "-o", "nb.ipynb"], "or use --in-place"),
     (["run", "script.py"], "mark cells with # %%, or run it with python script.py"),
     (["run", "cells.py"], "pip install 'safe-exec[jupytext]'"),
+    (["run", "nb.ipynb", "--limits", "folder"], "folder: is a directory; name a file in it"),
+    (["run", "nb.ipynb", "--limits", "bad.yaml"], "bad.yaml:3:2: not valid YAML:"),
+    (["run", "nb.ipynb", "--limits", "bad.yaml"], "; check the indentation of this line"),
+    (["run", "nb.ipynb", "--parameters", "bad.yaml"], "safe-exec: --parameters bad.yaml:3:2: not"),
+    (
+        ["run", "nb.ipynb", "--compare", "--sanitize-with", "script.py"],
+        "--sanitize-with script.py: no",
+    ),
+    (["run", "nb.ipynb", "-p", "1x", "2"], "it has letters, digits and _"),
     # Options that need another one.
     (["run", "nb.ipynb", "--on-failure", "write"], "add --in-place"),
     (["run", "nb.ipynb", "--compare-tolerance", "1"], "nothing is compared; add --compare"),
@@ -76,6 +101,7 @@ def test_a_mistake_is_one_line_that_says_how_to_fix_it(
     path.write_text(path.read_text().replace('"metadata": {}', '"metadata": {"tags": ["show"]}'))
     (tmp_path / "folder").mkdir()
     (tmp_path / "script.py").write_text("print(1)\n")
+    (tmp_path / "bad.yaml").write_text("limits:\n  memory: 1G\n cpus: 2\n")
     (tmp_path / "cells.py").write_text("# %%\nprint(1)\n")
     assert call(arguments) == 2
     streams = capsys.readouterr()

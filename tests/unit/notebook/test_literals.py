@@ -62,10 +62,31 @@ def test_bash_reads_its_literals_as_the_texts() -> None:
     assert output.decode().split("\0")[:-1] == wanted
 
 
-@pytest.mark.parametrize("value", [[1], {"a": 1}])
-def test_a_shell_variable_holds_no_collection(value: Any) -> None:
-    with pytest.raises(ValueError, match="no list or mapping"):
+def test_bash_reads_a_list_as_an_array() -> None:
+    wanted = ["a b", "", "it's", "$HOME", "*"]
+    script = f"v={literals.bash(wanted)}; printf '%s\\0' \"${{v[@]}}\""
+    output = subprocess.run(["bash", "-c", script], capture_output=True, check=True).stdout
+    assert output.decode().split("\0")[:-1] == wanted
+    # As papermill writes them.
+    assert literals.bash([1, 2.5, True]) == "(1 2.5 true)"
+    assert literals.bash([]) == "()"
+
+
+@pytest.mark.parametrize("value", [[[1]], [{"a": 1}], {"a": 1}])
+def test_a_shell_variable_holds_no_nested_collection(value: Any) -> None:
+    with pytest.raises(ValueError, match="no mapping and no nested list"):
         literals.bash(value)
+
+
+@pytest.mark.parametrize("literal", [literals.python, literals.r, literals.bash])
+def test_a_number_of_a_subclass_is_a_plain_literal(literal: Any) -> None:
+    class Unit(float):
+        def __repr__(self) -> str:
+            return "Unit(0.5)"
+
+    assert literal(Unit(0.5)) == "0.5"
+    with pytest.raises(ValueError, match="object has no literal; pass a number"):
+        literal(object())
 
 
 SAMPLES: Sequence[Any] = (

@@ -120,7 +120,8 @@ def test_a_notebook_without_parameters_is_a_warning() -> None:
     [
         ({"a b": 1}, "python", "-p a b: not the name of a variable in python"),
         ({"a": 1}, "cobol", "language 'cobol'"),
-        ({"a": [1]}, "bash", "-p a: a shell variable holds no list"),
+        ({"a": [[1]]}, "bash", "-p a: a shell variable holds no mapping and no nested list"),
+        ({"a": object()}, "python", "-p a: object has no literal"),
     ],
 )
 def test_what_cannot_be_set_is_refused(values: Any, language: str, words: str) -> None:
@@ -152,6 +153,15 @@ def test_declared_parameters_line_by_line(language: str, source: str) -> None:
     assert declared_parameters(node, language) == (
         Parameter("alpha", "", "0.1", "rate"),
         Parameter("beta", "", "'x'", ""),
+    )
+
+
+def test_parameters_beside_a_broken_statement_are_declared() -> None:
+    source = "a: float = 2.25 # Variable a\n%magic\nb = [\n    'x', # first\n] # type: list Nice\n= 2\nc = 1"
+    assert declared_parameters(notebook(("parameters", source)), "python") == (
+        Parameter("a", "float", "2.25", "Variable a"),
+        Parameter("b", "list", "[\n    'x', # first\n]", "Nice"),
+        Parameter("c", "", "1", ""),
     )
 
 
