@@ -63,7 +63,8 @@ OF_OTHER_TOOLS = {
         *("--engine", "--execute", "--execution-timeout", "--help-notebook", "--inplace", "--to"),
         *("--log-output", "--nbmake", "--nbmake-find-import-errors", "--nbmake-kernel"),
         *("--nbmake-timeout", "--nbval", "--nbval-cell-timeout", "--nbval-lax", "--overwrite"),
-        *("--nbval-sanitize-with", "--safe-exec", "--cov"),
+        *("--nbval-sanitize-with", "--safe-exec", "--cov", "--prepare-only", "--report-mode"),
+        *("--inject-paths", "--nbval-current-env", "--nbval-kernel-name"),
         *(
             f"--safe-exec-{name}"
             for name in (
