@@ -25,7 +25,7 @@ _DAY = 86400.0
 
 
 class RunHistory(Struct, frozen=True, kw_only=True):
-    """``seconds`` is the duration of the last run; ``passed`` is the key of the last pass."""
+    """The last run of a notebook: its duration, and the key of the last pass in ``passed``."""
 
     seconds: float | None = None
     passed: str | None = None

@@ -120,7 +120,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
     # --- one cell ---------------------------------------------------------------------------------
 
     def begin_cell(self, cell_cap: int | None) -> None:
-        """Start the accounting of a cell."""
+        """Start to count the output of a cell, which is cut at ``cell_cap`` bytes."""
         self.accounts = OutputAccounting()
         self.cell_cap = cell_cap
         self.disbelieved = set()

@@ -130,7 +130,7 @@ def site_name(code_index: int, line: int, function: str) -> str:
 
 
 def by_line(memory: MemoryUse) -> list[tuple[AllocationLine, int, tuple[CallSite, ...]]]:
-    """Return the allocating lines, the largest first: line, bytes of all its callers, callers."""
+    """Return a row for each allocating line, the largest first: line, total bytes, callers."""
     # What was allocated and not yet written to is no memory yet: the peak bounds it.
     peak = memory.peak_bytes
     groups: dict[tuple[int, int], list[AllocationLine]] = {}
