@@ -202,3 +202,13 @@ def test_images_are_compared_by_their_look() -> None:
 def test_a_broken_image_differs() -> None:
     rules = ComparisonRules(image_distance=64)
     assert differences(cell(result(image_png="xxxx")), [result(image_png=picture(0))], rules)
+
+
+def test_a_later_rule_for_the_same_text_replaces_the_earlier_one(tmp_path: Path) -> None:
+    path = tmp_path / "rules.cfg"
+    path.write_text("regex: a\nreplace: 1\nregex: b\nreplace: 2\n[more]\nregex: a\nreplace: b\n")
+    # In its place, as in nbval: what it writes is replaced in turn.
+    assert [(regex.pattern, text) for regex, text in read_sanitizers(path)] == [
+        ("a", "b"),
+        ("b", "2"),
+    ]
