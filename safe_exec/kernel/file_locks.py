@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import stat
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -10,6 +12,7 @@ from safe_exec.keeper import procfs
 from safe_exec.kernel.blocked import Call
 from safe_exec.kernel.processes import command_text, descriptor_target, descriptors, read_bytes
 from safe_exec.model.observed import ObservedLock
+from safe_exec.model.patterns import lazy_pattern
 
 SLEEPS = ("nanosleep", "clock_nanosleep")
 # The bytes that SQLite locks in a database file (os.h: PENDING_BYTE).
@@ -17,6 +20,19 @@ SQLITE_LOCKS = range(0x40000000, 0x40000000 + 512)
 # The bytes that it locks in the ``-shm`` file of a database with a write-ahead log (wal.c:
 # WALINDEX_LOCK_OFFSET).
 WAL_LOCKS = range(120, 128)
+
+
+# HDF5, DuckDB, SQLite, LMDB, packages for lock files; netCDF gives EACCES for a file that is open
+# already.
+LOCK_REFUSED = lazy_pattern(
+    r"\block(?:ed|ing)?\b|Resource temporarily unavailable|BlockingIOError|\[Errno 11\]"
+    r"|Permission denied|already open",
+    re.IGNORECASE,
+)
+SAYS_LOCK = lazy_pattern(r"\block(?:ed|ing)?\b|already open", re.IGNORECASE)
+# SQLite names no file (SQLITE_BUSY, "Result and Error Codes").
+LOCKED_DATABASE = "database is locked"
+QUOTED = lazy_pattern(r"""['"]([^'"\n]{1,1000})['"]""")
 
 
 class Entry(NamedTuple):
@@ -120,6 +136,33 @@ def polled_lock(kernel: int, others: Iterable[int]) -> ObservedLock | None:
     return None
 
 
+def named_lock(text: str, source: str, kernel: int, others: Iterable[int]) -> ObservedLock | None:
+    """Return the lock that an error is about: on a file that it names, or on a database.
+
+    An error that speaks of a lock and names no file is about one that the cell's ``source`` names.
+    ``None`` if the error's words are not those of a refused lock, or nobody holds one.
+
+    ``others`` are the sandbox's other processes; they come first, since a child may have inherited
+    the kernel's open file. A holder outside the sandbox is found by the file's inode.
+    """
+    if not LOCK_REFUSED.search(text):
+        return None
+    if SAYS_LOCK.search(text):
+        text = f"{text}\n{source}"
+    for pid in (*others, kernel):
+        for path in held_files(pid):
+            name = re.escape(os.path.basename(path))
+            if re.search(rf"(?<![\w.-]){name}(?![\w-])", text):
+                return _lock(path, "file", pid, kernel)
+    holders = {entry.inode: entry.pid for entry in parse(_text("/proc/locks")) if not entry.waits}
+    for name in dict.fromkeys(match[1] for match in QUOTED.finditer(text)):
+        inode = _inode_of(kernel, name)
+        if inode in holders:
+            holder = holders[inode]
+            return _lock(name, "file", holder if holder > 0 else None, kernel)
+    return database_lock(kernel) if LOCKED_DATABASE in text else None
+
+
 def database_lock(kernel: int) -> ObservedLock | None:
     """Return an exclusive lock of SQLite on a database that the kernel has open."""
     # A process never waits for its own POSIX locks, but SQLite keeps the connections of one process
@@ -168,6 +211,22 @@ def _lock(path: str, kind: str, holder: int | None, kernel: int) -> ObservedLock
         command=command or None,
         own=holder == kernel,
     )
+
+
+def _inode_of(kernel: int, name: str) -> int | None:
+    """Return the inode of a file in a kernel's working directory.
+
+    Other directories are left alone: the kernel chooses the links on the way, and a lookup may not
+    come back.
+    """
+    folder, base = os.path.split(name)
+    try:
+        if not base or folder not in ("", os.readlink(f"/proc/{kernel}/cwd")):
+            return None
+        status = os.lstat(f"/proc/{kernel}/cwd/{base}")
+    except (OSError, ValueError):
+        return None
+    return status.st_ino if stat.S_ISREG(status.st_mode) else None
 
 
 def _inode(pid: int, number: int) -> int | None:

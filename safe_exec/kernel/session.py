@@ -25,7 +25,7 @@ from safe_exec.agent import layout
 from safe_exec.errors import KernelMissingError, KernelStartError
 from safe_exec.keeper import procfs
 from safe_exec.keeper.protocol import CleanupResult, Dying
-from safe_exec.kernel import fault_report, native_stack
+from safe_exec.kernel import fault_report, file_locks, native_stack, processes
 from safe_exec.kernel.activity import ObservedKernel
 from safe_exec.kernel.agent_facts import AgentFacts
 from safe_exec.kernel.allocation_file import AllocationFile
@@ -51,6 +51,7 @@ from safe_exec.kernel.shared_page import Note, Page, Text
 from safe_exec.model.ending import TerminationReason
 from safe_exec.model.evidence import Frame, ProcessCount
 from safe_exec.model.limits import LimitName, Limits, Wall
+from safe_exec.model.observed import ObservedLock
 from safe_exec.sandbox.keeper_process import runtime_directory
 from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.sandbox import KernelExit, Sandbox
@@ -633,6 +634,12 @@ class KernelSession:
     def kill_reason(self) -> TerminationReason | None:
         """The reason for which we decided to kill the kernel, which may still be alive."""
         return self.sandbox.kill_reason
+
+    def named_lock(self, text: str, source: str) -> ObservedLock | None:
+        """Return the lock that an error of a cell is about, with its holder."""
+        members = processes.members(self.pid, self.keeper_pid)
+        others = [pid for pid in members if pid != self.pid]
+        return file_locks.named_lock(text, source, self.pid, others)
 
     def process_count(self) -> ProcessCount | None:
         """Return the number of tasks and their limit, if Linux enforces one."""

@@ -254,6 +254,8 @@ class IsolationConflict(Struct, frozen=True, kw_only=True):
     allow: tuple[str, ...] = ()
     # Whether it was to be written.
     writes: bool = False
+    # Whether it lies in the notebook's folder, which is then no place to write to either.
+    in_folder: bool = False
     # Whether the user that the kernel runs as may use it.
     usable: bool = True
     # Whether it is a socket, which no copy can stand for.
@@ -390,6 +392,10 @@ class Evidence(Struct, frozen=True, kw_only=True):
     # Text in the output of a cell (with its index) that begins with the last traceback of a thread
     # or a worker.
     printed: tuple[int, str] | None = None
+    # The end of the cell's stderr when its time was up, before the interrupt.
+    stderr_in_time: str = ""
+    # The lock on a file that the cell's error names, with its holder, read outside.
+    named_lock: ObservedLock | None = None
     # Whether the agent runs in the kernel and reports such events.
     agent: bool = True
     # The notebook's actions on its own process, by the kernel's word.
@@ -439,6 +445,7 @@ CLAIMS = (
     "final_output",
     "handler_replaced",
     "printed",
+    "stderr_in_time",
     "censuses",
     "allocations",
     "allocations_error",

@@ -28,7 +28,7 @@ from safe_exec.model.limits import LimitName, Limits
 from safe_exec.model.verdict import CellStatus
 from safe_exec.sandbox.usage.meter import Reading
 from safe_exec.trial.errors import error_of
-from safe_exec.trial.printed import printed_traceback
+from safe_exec.trial.printed import printed_traceback, stderr_tail
 from safe_exec.trial.state import TrialState
 
 if TYPE_CHECKING:
@@ -308,6 +308,7 @@ class CellLoop:
             late = dict(self.session.late_text.by_cell)
             late[index] = late.get(index, "") + self.session.unsent_text(self.state.number(index))
             self.state.printed = printed_traceback(cells, late)
+            self.state.stderr_in_time = stderr_tail(self.request.node.cells[index], late[index])
 
     async def _interrupt(
         self, execution: asyncio.Future[Any], index: int, grace: float

@@ -87,9 +87,15 @@ class Lookup:
         return not self.bare_root or _may_bare_root(path, access_mode)
 
     def real(self, path: str) -> str:
-        """Resolve the links in a path."""
+        """Resolve the links in a path; one that nobody may resolve stays as it is."""
         self.remaining_lookups -= 1
-        return os.path.realpath(path) if self.remaining_lookups >= 0 else path
+        if self.remaining_lookups < 0:
+            return path
+        try:
+            return os.path.realpath(path)
+        except OSError:
+            # realpath(3) of Python does not expect that readlink(2) is refused (/proc/1/root).
+            return os.path.normpath(path)
 
     def has_route(self) -> bool:
         """Tell whether this machine itself has a route to other hosts."""
@@ -142,6 +148,16 @@ class Reach:
         while path not in self._tops:
             path = os.path.dirname(path)
         return self._tops[path]
+
+    def leads_to(self, folder: str) -> bool:
+        """Tell whether a directory exists inside: it can be reached, or leads to what can be."""
+        if self.to(folder) is not Access.HIDDEN:
+            return True
+        below = f"{folder.rstrip('/')}/"
+        return any(
+            access is not Access.HIDDEN and top.startswith(below)
+            for top, access in self._tops.items()
+        )
 
 
 class Sight(Struct, frozen=True, kw_only=True):
@@ -353,6 +369,9 @@ class _Finder:
         if not exists and need.number == errno.ENOENT and not self.lookup.is_directory(folder):
             # Outside its directory is missing, too.
             return None
+        if not exists and need.says_missing and self.reach.leads_to(folder):
+            # In a directory that stands inside, too, a new file is refused with EROFS or EACCES.
+            return None
         while folder != "/" and not self.lookup.exists(folder):
             folder = os.path.dirname(folder)
         if not self.lookup.may(real if exists else folder, os.W_OK):
@@ -361,9 +380,11 @@ class _Finder:
         is_known = need.writes is not None or need.number in (errno.EROFS, errno.EACCES)
         # The source looks like it, no more.
         need = need if is_known else replace(need, exact=False)
-        return _conflict(
+        conflict = _conflict(
             need, access, path=real, allow=(allow,) if allow != "/" else (), writes=True
         )
+        home = self.sight.facts.folder
+        return replace(conflict, in_folder=home is not None and f"{real}/".startswith(f"{home}/"))
 
     def _other_users(self, need: Need, real: str, access: Access) -> IsolationConflict | None:
         """Return the conflict if the user may read a file and the kernel's user may not."""

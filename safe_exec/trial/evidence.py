@@ -117,6 +117,8 @@ def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellL
         cell_active=state.cell_active,
         last_words=recent_text(state)[-4000:],
         printed=state.printed,
+        stderr_in_time=state.stderr_in_time,
+        named_lock=state.named_lock,
         isolation=session.sandbox.isolation,
         raised=raised.errors if raised else (),
         conflicts=isolation_conflicts(state, ending, location),

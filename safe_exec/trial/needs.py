@@ -54,6 +54,8 @@ _WORDS: tuple[tuple[int, re.Pattern[str]], ...] = (
         ),
     ),
 )
+# strerror(3) of ENOENT, as the system, Python and Rust write it.
+_SAYS_MISSING = lazy_pattern(r"[Nn]o such file|\[Errno 2\]|os error 2\b|errno ?= ?2\b|ENOENT")
 _BY_NAME = {
     "FileNotFoundError": errno.ENOENT,
     "PermissionError": errno.EACCES,
@@ -98,6 +100,16 @@ _ABOUT_VARIABLES = lazy_pattern(
     r"environ|\benv(?:ar|var)?s?\b|variable|unbound|\b(?:un|not )?set\b|missing|required|not "
     r"found|token|credential|api[ _]?key|secret",
     re.IGNORECASE,
+)
+# A hint on how to switch something on or off ("run with `RUST_BACKTRACE=1`"); no secret or setting
+# that a program misses has such a value.
+_SWITCH = lazy_pattern(
+    r"\b([A-Za-z_][A-Za-z0-9_]{3,})=[\"'(]?(?:[01]|true|false|on|off|yes|no|full)\b", re.IGNORECASE
+)
+# Only reading fails with these words.
+_READS = lazy_pattern(
+    r"(?:[Cc]annot|[Cc]an't|[Cc]ould(?: not|n't)|[Uu]nable to|[Ff]ailed to) (?:\w+ly )?"
+    r"(?:find|stat|locate|read|load|list|open (?:the )?dir)"
 )
 _NONE = lazy_pattern(r"\bNone(?:Type)?\b")
 _GETENV = lazy_pattern(
@@ -168,11 +180,12 @@ _ANSI = lazy_pattern(r"\x1b\[[0-9;?]*[A-Za-z]")
 class Need(Struct, frozen=True, kw_only=True):
     """One thing that a cell asked for and was refused, as the cell named it.
 
-    ``number`` is the error number. ``exact``: it is an attribute of the exception, or the only
-    thing that the refusal is about. ``writes`` tells whether it was to be written, if that is
-    known; ``may_write`` is true if the source suggests it. ``line`` is the text that names it.
-    ``cell`` is the cell that named it, and ``in_output`` tells whether it did so in its output.
-    ``remote``: the exception was only being handled when another one ended the cell.
+    ``number`` is the error number, and ``says_missing`` tells whether the system itself said
+    ENOENT. ``exact``: it is an attribute of the exception, or the only thing that the refusal is
+    about. ``writes`` tells whether it was to be written, if that is known; ``may_write`` is true if
+    the source suggests it. ``line`` is the text that names it. ``cell`` is the cell that named it,
+    and ``in_output`` tells whether it did so in its output. ``remote``: the exception was only
+    being handled when another one ended the cell.
     """
 
     kind: NeedKind
@@ -183,6 +196,8 @@ class Need(Struct, frozen=True, kw_only=True):
     number: int | None = None
     # An attribute of the exception, or the only thing that the refusal is about.
     exact: bool = False
+    # The system's own word for ENOENT. A library's "cannot open" stands for other refusals, too.
+    says_missing: bool = False
     # Whether it was to be written, if known.
     writes: bool | None = None
     # Whether the source looks as if it wrote files.
@@ -343,6 +358,7 @@ def _of_attributes(row: Raised, quotation: str, number_of_text: int | None) -> I
             line=line,
             number=number,
             exact=True,
+            says_missing=row.number == errno.ENOENT,
             writes=row.writes,
             remote=row.remote,
         )
@@ -371,8 +387,18 @@ def _of_line(
         paths = [name for name in names if _PATH_LIKE.search(name)]
         for name in names:
             exact = name == direct or paths == [name]
-            yield Need(kind=NeedKind.PATH, name=name, line=quotation, number=number, exact=exact)
-    for name in removed.intersection(_NAME.findall(line)):
+            writes = False if _READS.search(line) is not None else None
+            yield Need(
+                kind=NeedKind.PATH,
+                name=name,
+                line=quotation,
+                number=number,
+                exact=exact,
+                says_missing=_SAYS_MISSING.search(line) is not None,
+                writes=writes,
+            )
+    hints = set(_SWITCH.findall(line))
+    for name in removed.intersection(_NAME.findall(line)) - hints:
         about = _ABOUT_VARIABLES.search(line.replace(name, " ")) is not None
         if about or (is_error and "_" in name):
             yield Need(kind=NeedKind.VARIABLE, name=name, line=quotation, exact=about)

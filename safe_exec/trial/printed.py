@@ -43,6 +43,12 @@ def printed_traceback(
     return index, text[last.start() :][:LONGEST_TEXT]
 
 
+def stderr_tail(cell: Any, late: str) -> str:
+    """Return the end of a cell's stderr, ``late`` text that had not arrived included."""
+    text = "".join(map(_text, cell.get("outputs", ()))) + without_colours(late)
+    return text[-LONGEST_TEXT:]
+
+
 def _text(output: Any) -> str:
     if output.get("output_type") != "stream" or output.get("name") != "stderr":
         return ""

@@ -315,7 +315,7 @@ class Trial:
         """End a kernel whose cells have run."""
         # A kernel that ended before the shutdown request has died. A crash in an exit hook is only
         # a warning.
-        await self._read_last_counters()
+        await self._read_last_counters(ending)
         if not await self.session.may_be_asked_to_end():
             return await CellLoop(self.state).ending_by_death(None)
         exiting_cell = self.session.client.asked_to_exit
@@ -344,12 +344,17 @@ class Trial:
             )
         return ending
 
-    async def _read_last_counters(self) -> None:
+    async def _read_last_counters(self, ending: Ending) -> None:
         self.session.note_process()
         self.state.metrics.counters = self.session.meter.counters()
         with contextlib.suppress(OSError):
             self.state.open_files = len(os.listdir(f"/proc/{self.session.pid}/fd"))
         self.state.memory_maps = own_process.memory_maps(self.session.pid)
+        if isinstance(ending, CellFailed):
+            text = f"{ending.error.ename}: {ending.error.evalue}"
+            current = self.state.current
+            source = "" if current is None else self.state.request.node.cells[current].source
+            self.state.named_lock = self.session.named_lock(text, source)
 
     # --- signals ----------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from safe_exec.model import events
 from safe_exec.model.ending import TerminationReason
 from safe_exec.model.evidence import ActivityObservation, ProcessCount
 from safe_exec.model.limits import LimitName
+from safe_exec.model.observed import ObservedLock
 from safe_exec.sandbox.sandbox import Sandbox
 from safe_exec.trial.metrics import MetricsRecorder
 from safe_exec.trial.request import TrialRequest
@@ -44,6 +45,8 @@ class TrialState:
         self.observation: ActivityObservation | None = None
         self.observed_at: float | None = None
         self.printed: tuple[int, str] | None = None
+        self.stderr_in_time = ""
+        self.named_lock: ObservedLock | None = None
         self.open_files: int | None = None
         self.memory_maps: tuple[int, int] | None = None
         self.tasks_at_timeout: ProcessCount | None = None
@@ -140,6 +143,7 @@ class TrialState:
     def forget_observation(self) -> None:
         """Drop the observation of a cell that goes on."""
         self.observation = self.observed_at = self.printed = None
+        self.stderr_in_time = ""
         self.tasks_at_timeout = self.oom_kills_in_time = self.cell_active = None
 
     def warn_once(self, message: str) -> None:

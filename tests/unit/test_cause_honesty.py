@@ -61,7 +61,7 @@ OBSERVATIONS = frozenset(
         "conflicts", "volumes",
         "caught_signals", "agent", "overcommit", "died_at", "processes_at_timeout", "changed_limits",
         "memory_children", "memory_kernel", "memory_upper_bound", "oom_kills_in_time", "oom_kills_earlier", "replaced_by", "kill_command",
-        "memory_maps",
+        "memory_maps", "named_lock",
     }
 )  # fmt: skip
 """Fields of the evidence that are read outside the kernel; the parts of ``fault`` and ``observation``

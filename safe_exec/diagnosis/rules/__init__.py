@@ -45,6 +45,7 @@ RULES: tuple[Rule, ...] = (
     limits.bad_system_call,
     limits.aborted_for_descriptors,
     refusals.died_without_threads,
+    refusals.died_of_memory_error,
     # Deaths.
     crashes.stack_overflow,
     crashes.unreported_overflow,
@@ -68,6 +69,8 @@ RULES: tuple[Rule, ...] = (
     refusals.memory_maps,
     memory.refused,
     refusals.inotify,
+    # A file that the kernel itself has locked is not out of its reach.
+    refusals.locked,
     network.blocked,
     isolation.refused_access,
     disk.full,

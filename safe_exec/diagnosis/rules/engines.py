@@ -188,9 +188,13 @@ ENGINES: tuple[Engine, ...] = (
         advice="Raise max_memory_usage (or max_server_memory_usage), below --memory.",
     ),
     # Dask: distributed/worker_memory.py, which prints it and has the task fail with KilledWorker
-    # later.
+    # later. Which of these lines are shown depends on the levels of its logs.
     Engine(
-        pattern=lazy_pattern(r"exceeded \d+% memory budget"),
+        pattern=lazy_pattern(
+            r"exceeded \d+% memory budget"
+            r"|(?:at \d+% memory usage|Unmanaged memory use is high)"
+            r"(?:.*?Worker memory limit: (?P<limit>[\d.]+ [KMGT]iB))?"
+        ),
         noun="the memory limit of a Dask worker",
         setting="memory_limit",
         advice="Raise memory_limit of the workers, or have fewer of them; all together must "

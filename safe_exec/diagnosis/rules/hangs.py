@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from safe_exec.diagnosis.context import Context, inside, outside
 from safe_exec.diagnosis.rules import services, waiting, waiting_text
+from safe_exec.diagnosis.rules.last_message import clean
 from safe_exec.diagnosis.rules.own_actions import place_of
 from safe_exec.model.evidence import ActivityObservation
 from safe_exec.model.observed import ObservedLock
+from safe_exec.model.patterns import lazy_pattern
 from safe_exec.model.verdict import Activity, Fact
+
+MOST_WORDS = 200
+# Libraries that refuse to work in a forked process (libgomp of numba, gRPC, Objective-C).
+FORK = lazy_pattern(r"\bfork(?:\(\)|ed|ing)?\b")
+AFTER_FORK = (
+    "The library does not work in a process that is forked after its first use: start the workers "
+    "afresh (multiprocessing.get_context('spawn') with the function in a module, or joblib), or "
+    "start them before the notebook uses the library."
+)
 
 DOING = {
     Activity.PYTHON_LOOP: "it was running Python code, most likely a loop",
@@ -101,7 +112,8 @@ def _child_text(context: Context, observation: ActivityObservation, activity: Ac
 def _failure_text(context: Context) -> str:
     failure = _printed_failure(context)
     if failure is None:
-        return ""
+        last_line = _last_line_of_workers(context)
+        return f"; its last line on stderr: {last_line}" if last_line else ""
     cell, traceback = failure
     name = f"the thread {traceback.owner}" if traceback.thread else f"the worker {traceback.owner}"
     return f"; {name} had failed before ({traceback.error}, in the output of {context.human(cell)})"
@@ -148,6 +160,8 @@ def _child_advice(
         and activity in (Activity.WAITING_CHILD, Activity.WAITING_LOCK)
     ):
         return waiting_text.traceback_advice(failure[1])
+    if FORK.search(_last_line_of_workers(context)):
+        return AFTER_FORK
     if activity is Activity.WAITING_CHILD or stuck is not None:
         return waiting_text.advice(observation, python=context.is_python)
     return services.advice(observation, activity) or ADVICE.get(activity, "")
@@ -180,6 +194,10 @@ def waiting_facts(context: Context, activity: Activity | None) -> list[Fact]:
                 "child processes that ended", len(observation.ended), "/proc, while the cell ran"
             )
         )
+    if last_line := _last_line_of_workers(context):
+        facts.append(
+            inside("last line on stderr", last_line, "the cell's stderr, before the interrupt")
+        )
     if (failure := _printed_failure(context)) is not None:
         cell, traceback = failure
         name = "thread with an error" if traceback.thread else "process with an error"
@@ -189,6 +207,20 @@ def waiting_facts(context: Context, activity: Activity | None) -> list[Fact]:
             )
         )
     return facts
+
+
+def _last_line_of_workers(context: Context) -> str:
+    """Return the last line on the cell's stderr, if the workers ended early or have no work."""
+    observation = context.evidence.observation
+    if observation is None:
+        return ""
+    # A pool replaces a worker so soon that nobody may have seen the first one.
+    blocker = waiting.find_blocker(observation)
+    at_rest = blocker is not None and blocker.blockage is waiting.Blockage.IDLE
+    if not at_rest and not any(waiting.replaced_workers(observation)):
+        return ""
+    lines = clean(context.evidence.stderr_in_time)
+    return lines[-1].strip()[:MOST_WORDS] if lines else ""
 
 
 def _printed_failure(context: Context) -> tuple[int, waiting_text.Traceback] | None:

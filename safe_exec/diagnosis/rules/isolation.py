@@ -259,11 +259,8 @@ def _of_paths(conflict: IsolationConflict) -> str:
         for path in conflict.allow
     )
     if conflict.writes:
-        return (
-            f"Allow it with {options}, or write into the notebook's folder."
-            if options
-            else WRITE_HERE
-        )
+        place = "a temporary directory" if conflict.in_folder else "the notebook's folder"
+        return f"Allow it with {options}, or write into {place}." if options else WRITE_HERE
     if not options and conflict.moved:
         return (
             "The notebook's home is another directory here: give it the full path, "

@@ -13,10 +13,13 @@ import re
 
 from safe_exec.diagnosis.context import Context, exit_facts, inside, make, outside
 from safe_exec.diagnosis.rules.last_message import last_message
+from safe_exec.diagnosis.rules.waiting_text import holder_text, lock_advice, lock_text
 from safe_exec.model.ending import CellError, CellFailed, Died
+from safe_exec.model.evidence import Channel
 from safe_exec.model.limits import LimitName
 from safe_exec.model.patterns import lazy_pattern
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
+from safe_exec.units import format_size
 
 # From this share of a limit on, it counts as reached: a failed call frees some of what it had
 # taken.
@@ -182,6 +185,25 @@ def descriptors(context: Context) -> Cause | None:
     return make(context, CauseKind.TOO_MANY_OPEN_FILES, summary, Confidence.LIKELY, facts, advice)
 
 
+# --- locks on files -------------------------------------------------------------------------------
+
+
+def locked(context: Context) -> Cause | None:
+    """A library could not lock or open a file on which somebody holds a lock."""
+    error, lock = context.evidence.error, context.evidence.named_lock
+    if not isinstance(context.ending, CellFailed) or error is None or lock is None:
+        return None
+    first = error.evalue.strip().split("\n", 1)[0][:120]
+    summary = f"{error.ename}: {first}; in the way is {lock_text(lock)}"
+    facts = (
+        _said(error),
+        outside("file lock", lock.path, "/proc/locks, after the error"),
+        outside("lock held by", holder_text(lock), "/proc/locks"),
+    )
+    # The lock is measured; that the error is about it follows from its words alone.
+    return make(context, CauseKind.EXCEPTION, summary, Confidence.LIKELY, facts, lock_advice(lock))
+
+
 # --- limits of the machine ------------------------------------------------------------------------
 
 
@@ -244,6 +266,43 @@ def memory_maps(context: Context) -> Cause | None:
         "changes it."
     )
     return make(context, CauseKind.MEMORY_ERROR, summary, Confidence.CERTAIN, facts, advice)
+
+
+def died_of_memory_error(context: Context) -> Cause | None:
+    """The kernel exited since Python had no memory left to handle an error."""
+    evidence = context.evidence
+    if not isinstance(context.ending, Died) or evidence.exit is None:
+        return None
+    if evidence.exit.exit_code != 1 or evidence.termination is not None:
+        return None
+    if context.ending.asked_to_exit or evidence.exit_caller:
+        return None
+    message = last_message(evidence, (Channel.DESCRIPTOR, Channel.STDERR))
+    if message is None or not message.lines[-1].startswith("MemoryError"):
+        return None
+    peak, limit = evidence.memory_peak, context.limits.memory
+    facts = [*exit_facts(evidence), message.fact]
+    if peak is not None:
+        facts.append(outside("memory peak", peak, "control group or sum over processes"))
+    if limit is not None:
+        facts.append(outside("memory limit", limit, "limits of this run"))
+    summary = (
+        "the kernel exited with status 1: an allocation was refused (MemoryError), and so were "
+        "those that Python needed to report it"
+    )
+    is_short = peak is not None and limit is not None and peak >= NEARLY * limit
+    if not is_short and peak is not None:
+        summary += f". Memory itself was not short (peak {format_size(peak)})"
+    advice = (
+        "Load and keep less at a time."
+        if is_short
+        else (
+            "Look for a great number of mapped files or small mappings (the system allows a process "
+            "vm.max_map_count), or for a limit that the notebook sets itself (RLIMIT_AS, "
+            "RLIMIT_DATA): either refuses memory that the machine has."
+        )
+    )
+    return make(context, CauseKind.MEMORY_ERROR, summary, Confidence.LIKELY, tuple(facts), advice)
 
 
 def parser(context: Context) -> Cause | None:

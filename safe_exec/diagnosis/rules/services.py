@@ -22,6 +22,19 @@ RUNS_LOOP = ("run_until_complete", "run_forever", "run", "_run_once")
 FILES_OF_FUTURES = ("concurrent/futures/_base.py",)
 FILES_OF_WORKERS = ("concurrent/futures/thread.py",)
 MOST_ADDRESSES = 3
+# Where clients of databases and servers wait for a free connection.
+PARTS_OF_POOLS = (
+    "sqlalchemy/pool/",
+    "psycopg_pool/",
+    "psycopg2/pool.py",
+    "asyncpg/pool.py",
+    "mysql/connector/pooling.py",
+    "oracledb/pool.py",
+    "pymongo/",
+    "redis/connection.py",
+    "urllib3/connectionpool.py",
+    "playhouse/pool.py",
+)
 
 
 def waiting_text(observation: ActivityObservation, activity: Activity) -> str:
@@ -31,6 +44,8 @@ def waiting_text(observation: ActivityObservation, activity: Activity) -> str:
         return f"it was waiting for connections: it runs a server that listens on {addresses}"
     if drives_loop(observation, activity):
         return "it was running an event loop of asyncio, and the task that it waits for did not end"
+    if waits_for_connection(observation, activity):
+        return "it was waiting for a free connection of a pool, all of which are in use"
     if waits_for_future(observation, activity):
         return "it was waiting for the result of a future"
     if awaits(observation, activity):
@@ -51,6 +66,12 @@ def advice(observation: ActivityObservation, activity: Activity | None) -> str:
             "Give the task a deadline (asyncio.wait_for), or let it run in the background of "
             "the notebook's own event loop"
             " (asyncio.create_task); a bot or a server runs until somebody stops it."
+        )
+    if waits_for_connection(observation, activity):
+        return (
+            "Give connections back: close those that this and earlier cells have opened (with "
+            "engine.connect() as connection: does), or create a larger pool (pool_size, "
+            "max_overflow and the like)."
         )
     if waits_for_future(observation, activity):
         return (
@@ -88,6 +109,15 @@ def waits_for_future(observation: ActivityObservation, activity: Activity | None
         and not any(
             _is_of(frame, FILES_OF_WORKERS) for stack in observation.threads for frame in stack
         )
+    )
+
+
+def waits_for_connection(observation: ActivityObservation, activity: Activity | None) -> bool:
+    """Tell whether a client waits for a thread to give a connection back to its pool."""
+    return activity in (Activity.WAITING_LOCK, Activity.SLEEPING) and any(
+        part in (frame.file or "")
+        for frame in _inside_the_cell(observation.stack)
+        for part in PARTS_OF_POOLS
     )
 
 

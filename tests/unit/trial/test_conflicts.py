@@ -10,6 +10,7 @@ from typing import Any
 import msgspec.structs
 import pytest
 
+from safe_exec.diagnosis.rules.isolation import advice
 from safe_exec.model.evidence import Access, IsolationFacts, NeedKind
 from safe_exec.model.limits import Mechanism
 from safe_exec.trial import conflicts as module
@@ -367,3 +368,48 @@ def test_a_lookup_that_does_not_come_back_claims_nothing(monkeypatch: pytest.Mon
 def test_two_slashes_at_the_beginning_are_one() -> None:
     assert Reach(BWRAP).to("//home/me/data/d.csv") is Reach(BWRAP).to("/home/me/data/d.csv")
     assert Reach(BWRAP).to("//www.example.org/data.html") is Reach(BWRAP).to("/www.example.org")
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden"),
+    [
+        # Its directory is read-only, and a new file would be refused with EROFS.
+        ("/opt/new.txt", False),
+        ("/opt/data/new.txt", False),
+        # So is a directory that leads to the notebook's folder.
+        ("/home/me/repo/new.csv", False),
+        # A hidden directory is missing inside.
+        ("/home/me/repo/results/new.csv", True),
+        ("/srv/secret/new.csv", True),
+    ],
+)
+def test_a_new_file_is_missing_only_where_its_directory_is(name: str, hidden: bool) -> None:
+    lookup = Fake(closed=())
+    row = find(P, name, lookup=lookup, may_write=True, says_missing=True)
+    assert (row is not None) is hidden
+    # A library's "cannot open" may stand for EROFS.
+    assert find(P, name, lookup=lookup, may_write=True) is not None
+
+
+def test_a_folder_that_is_read_only_is_no_place_to_write_to() -> None:
+    closed = msgspec.structs.replace(LANDLOCK, writable=("/tmp", "/dev"))
+    row = find(
+        NeedKind.PATH, f"{WORK}/new.csv", closed, Fake(closed=()), number=errno.EACCES, writes=True
+    )
+    assert (row.writes, row.in_folder, row.allow) == (True, True, (WORK,))
+    assert "notebook's folder" not in advice(row)
+    assert f"--writable {WORK}" in advice(row)
+    elsewhere = find(
+        NeedKind.PATH, "/srv/new.csv", closed, Fake(closed=()), number=errno.EACCES, writes=True
+    )
+    assert "notebook's folder" in advice(elsewhere)
+
+
+def test_a_link_that_nobody_may_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """readlink(2) of /proc/1/root is refused even to root in some containers."""
+
+    def refuse(path: str) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os.path, "realpath", refuse)
+    assert Lookup().real("/proc/1/root/.") == "/proc/1/root"

@@ -145,6 +145,7 @@ def test_attributes_come_before_words() -> None:
         line=f"FileNotFoundError: {error.evalue}",
         number=errno.ENOENT,
         exact=True,
+        says_missing=True,
         writes=False,
     )
 
@@ -247,6 +248,48 @@ def test_a_path_that_was_only_asked_about(sources: list[str], line: str, names: 
     assert [need.name for need in needs] == names
     assert not any(need.exact or need.writes for need in needs)
     assert needs_of_empty(CellError(ename="NameError", evalue="x"), sources, [line]) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "note: run with `MY_TOKEN=1` environment variable to display a backtrace",
+        "For debugging consider passing MY_TOKEN=1 (environment variable)",
+        "Set the environment variable MY_TOKEN=true to disable this warning.",
+        "\t- Explicitly set the environment variable MY_TOKEN=(true | false)",
+        "Set the environment variable MY_TOKEN=full for a complete stack trace.",
+    ],
+)
+def test_a_switch_that_is_offered_is_not_missing(line: str) -> None:
+    assert needs_of_output(line, REMOVED, 0) == []
+
+
+@pytest.mark.parametrize(
+    "line", ["set MY_TOKEN=<your token>", "the variable MY_TOKEN=12345 is missing"]
+)
+def test_a_value_that_is_no_switch_is_missing(line: str) -> None:
+    assert [need.name for need in needs_of_output(line, REMOVED, 0)] == ["MY_TOKEN"]
+
+
+@pytest.mark.parametrize(
+    ("line", "writes", "says_missing"),
+    [
+        ("Error (2): could not open dir ../results/", False, False),
+        ("cannot read file '../results/t.csv': No such file or directory", False, True),
+        ("could not find ../results/t.csv", False, False),
+        ("cannot open ../results/t.csv", None, False),
+        ("prog: unexpected error opening '/etc/t.txt': No such file or directory", None, True),
+        ("cannot create '../results/t.csv': No such file or directory", None, True),
+    ],
+)
+def test_words_tell_a_reader_from_a_writer(
+    line: str, writes: bool | None, says_missing: bool
+) -> None:
+    needs = [
+        need for need in needs_of_output(line, REMOVED, 0) if need.kind is P and "t" in need.name
+    ]
+    assert needs
+    assert {(need.writes, need.says_missing) for need in needs} == {(writes, says_missing)}
 
 
 @given(st.text(max_size=300), st.text(max_size=300))

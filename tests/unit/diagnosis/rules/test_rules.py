@@ -52,6 +52,7 @@ from safe_exec.model.evidence import (
     Volume,
 )
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism, Wall
+from safe_exec.model.observed import ObservedLock
 from safe_exec.model.verdict import (
     Activity,
     Cause,
@@ -313,6 +314,21 @@ DEATHS = [
         final_output=(
             wrote("libgomp: Thread creation failed: Resource temporarily unavailable\n"),
         ),
+    ),
+    dead(
+        "no-memory-for-the-error-itself",
+        exit_code(1),
+        K.MEMORY_ERROR,
+        C.LIKELY,
+        memory_peak=60 * MIB,
+        final_output=(wrote("OSError: [Errno 12] x\nMemoryError\n"),),
+    ),
+    dead(
+        "no-memory-but-another-error-last",
+        exit_code(1),
+        K.EXIT,
+        memory_peak=60 * MIB,
+        final_output=(wrote("MemoryError\nValueError: x\n"),),
     ),
     dead(
         "refusals-but-other-words",
@@ -592,6 +608,40 @@ ERRORS = [
         K.EXCEPTION,
         C.LIKELY,
         open_files=10,
+    ),
+    error(
+        "lock-of-another",
+        raised("BlockingIOError", "[Errno 11] unable to lock file"),
+        K.EXCEPTION,
+        C.LIKELY,
+        named_lock=ObservedLock(path="/a/core.hdf", kind="file", holder=7, command="python x.py"),
+    ),
+    error(
+        "lock-of-its-own-before-isolation",
+        raised("PermissionError", "[Errno 13] Permission denied: 'run.nc'"),
+        K.EXCEPTION,
+        C.LIKELY,
+        named_lock=ObservedLock(path="/a/run.nc", kind="file", own=True),
+        conflicts=(
+            IsolationConflict(
+                kind=NeedKind.PATH, name="run.nc", access=Access.OPEN, path="/a/run.nc", line="x"
+            ),
+        ),
+    ),
+    error(
+        "dask-worker",
+        raised("KilledWorker", "Attempted to run task 'x' on 4 different workers"),
+        K.MEMORY_ERROR,
+        memory_peak=60 * MIB,
+        last_words="WARNING - Worker is at 81% memory usage. Pausing worker.  Process memory: "
+        "234.21 MiB -- Worker memory limit: 286.10 MiB\n",
+    ),
+    error(
+        "dask-worker-of-another-reason",
+        raised("KilledWorker", "Attempted to run task 'x' on 4 different workers"),
+        K.EXCEPTION,
+        memory_peak=60 * MIB,
+        last_words="WARNING - Restarting worker\n",
     ),
     error(
         "memory-maps",

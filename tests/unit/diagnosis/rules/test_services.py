@@ -17,6 +17,9 @@ SELECT = Frame(function="select", line=468, file="/usr/lib/python3/selectors.py"
 RUN = Frame(function="run_until_complete", line=9, file="/venv/nest_asyncio.py")
 WAIT = Frame(function="wait", line=320, file="/usr/lib/python3/threading.py")
 RESULT = Frame(function="result", line=451, file="/usr/lib/python3/concurrent/futures/_base.py")
+QUEUE_POOL = Frame(
+    function="_do_get", line=166, file="/venv/lib/python3.11/site-packages/sqlalchemy/pool/impl.py"
+)
 WORKER = Frame(function="run", line=58, file="/usr/lib/python3/concurrent/futures/thread.py")
 
 
@@ -42,6 +45,8 @@ TABLE = [
     ),
     ("loop", observation(SELECT, RUN, CELL, LOOP_OF_KERNEL), A.WAITING_IO, "event loop"),
     ("future", observation(WAIT, RESULT, CELL, LOOP_OF_KERNEL), A.WAITING_LOCK, "future"),
+    ("connection", observation(WAIT, QUEUE_POOL, CELL), A.WAITING_LOCK, "connection of a pool"),
+    ("connection-async", observation(SELECT, RUN, CELL, thread=(QUEUE_POOL,)), A.WAITING_LOCK, ""),
     ("socket", observation(SELECT, CELL, LOOP_OF_KERNEL), A.WAITING_IO, ""),
     ("lock", observation(WAIT, CELL, LOOP_OF_KERNEL), A.WAITING_LOCK, ""),
     ("executor", observation(WAIT, RESULT, CELL, thread=(CELL, WORKER)), A.WAITING_LOCK, ""),

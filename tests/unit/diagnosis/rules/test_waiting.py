@@ -8,14 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safe_exec.diagnosis.rules import waiting, waiting_text
+from safe_exec.diagnosis.context import Context
+from safe_exec.diagnosis.rules import hangs, waiting, waiting_text
 from safe_exec.diagnosis.rules.timeouts import activity_of
 from safe_exec.diagnosis.rules.waiting import Blockage, find_blocker
-from safe_exec.model.ending import ExitStatus
-from safe_exec.model.evidence import ActivityObservation, Frame
+from safe_exec.model.ending import ExitStatus, TimedOut
+from safe_exec.model.evidence import ActivityObservation, Evidence, Frame
+from safe_exec.model.limits import Limits
 from safe_exec.model.observed import EndedChild, ObservedLock, ObservedProcess
 from safe_exec.model.verdict import Activity
-from safe_exec.trial.printed import printed_traceback
+from safe_exec.trial.printed import printed_traceback, stderr_tail
 
 KERNEL = 100
 A, B = Activity, Blockage
@@ -411,6 +413,44 @@ def test_a_worker_that_died_is_said_to_have_died() -> None:
     assert "BrokenProcessPool" in waiting_text.advice(observation, python=True)
 
 
+OMP = "Terminating: fork() called from a process already using GNU OpenMP, this is unsafe.\n"
+AT_REST = kernel(worker(200), worker(201), stack=(POOL,))
+REPLACED = kernel(
+    worker(200, age=1.0),
+    worker(201),
+    stack=(POOL,),
+    ended=(EndedChild(local_pid=7, command=FORKED, forked=True),),
+)
+AT_WORK = kernel(worker(200, syscall="clock_nanosleep"), stack=(POOL,))
+
+
+@pytest.mark.parametrize(
+    ("observation", "stderr", "said", "advised"),
+    [
+        (REPLACED, f"x\n{OMP}{OMP}", "fork() called", "get_context('spawn')"),
+        # Pools replace a worker so soon that nobody may have seen the first one.
+        (AT_REST, OMP, "fork() called", "get_context('spawn')"),
+        (REPLACED, "E0000 bad magic number in index\n", "bad magic number", "BrokenProcessPool"),
+        (REPLACED, "", "", "BrokenProcessPool"),
+        (AT_WORK, OMP, "", "sleeps on purpose"),
+    ],
+)
+def test_the_last_line_of_workers_that_ended(
+    observation: ActivityObservation, stderr: str, said: str, advised: str
+) -> None:
+    evidence = Evidence(observation=observation, stderr_in_time=stderr)
+    ending = TimedOut(cell=2, whole_notebook=False, allowed=3.0, answered=True)
+    context = Context(
+        ending=ending, evidence=evidence, limits=Limits(), language="python", current=2
+    )
+    text = hangs.doing_text(context, A.WAITING_CHILD)
+    assert ("its last line on stderr: " in text) == bool(said)
+    assert said in text
+    assert advised in hangs.advice_text(context, A.WAITING_CHILD)
+    facts = [fact.fact for fact in hangs.waiting_facts(context, A.WAITING_CHILD)]
+    assert ("last line on stderr" in facts) == bool(said)
+
+
 def test_a_sleep_beside_a_stuck_child() -> None:
     observation = kernel(process(command="yes", **FULL), syscall="clock_nanosleep")
     assert activity_of(observation) is A.SLEEPING
@@ -594,6 +634,10 @@ def test_a_traceback_is_found_whole_whatever_cells_it_was_divided_between() -> N
     assert printed_traceback(cells[:1], {0: THREAD}) == (0, THREAD)
     assert printed_traceback(cells[:1], {}) is None
     assert printed_traceback([(5, cell(("stderr", WORKER + THREAD)))], {}) == (5, THREAD)
+
+
+def test_the_end_of_stderr_includes_what_arrived_late() -> None:
+    assert stderr_tail(cell(("stdout", "a"), ("stderr", "b\n")), "\x1b[31mc\x1b[0m") == "b\nc"
 
 
 def test_a_coloured_traceback_is_read_as_a_plain_one() -> None:
