@@ -139,7 +139,7 @@ def polled_lock(kernel: int, others: Iterable[int]) -> ObservedLock | None:
 def named_lock(text: str, source: str, kernel: int, others: Iterable[int]) -> ObservedLock | None:
     """Return the lock that an error is about: on a file that it names, or on a database.
 
-    An error that speaks of a lock and names no file is about one that the cell's ``source`` names.
+    An error that speaks of a lock and names no file is about one that the cells' ``source`` names.
     ``None`` if the error's words are not those of a refused lock, or nobody holds one.
 
     ``others`` are the sandbox's other processes; they come first, since a child may have inherited

@@ -353,7 +353,9 @@ class Trial:
         if isinstance(ending, CellFailed):
             text = f"{ending.error.ename}: {ending.error.evalue}"
             current = self.state.current
-            source = "" if current is None else self.state.request.node.cells[current].source
+            # The file may be named in a function of an earlier cell.
+            cells = self.state.request.node.cells[: 1 + (current or 0)]
+            source = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
             self.state.named_lock = self.session.named_lock(text, source)
 
     # --- signals ----------------------------------------------------------------------------------
