@@ -277,9 +277,10 @@ class Dependencies:
     def surely_missing(
         self, subset: Iterable[int], *, crash: int, crash_line: int | None
     ) -> tuple[int, str] | None:
-        """Return the cell and name of the NameError in which a run of ``subset`` must end.
+        """Return the cell and name of the NameError in which a run of ``subset`` ends at the latest.
 
-        The error must come before the crash could happen again. Only names that an omitted cell
+        The error must come before the crash could happen again. A read that may not happen, as in a
+        loop over nothing, may end the run earlier. Only names that an omitted cell
         binds visibly are certain: all others came from elsewhere, since the whole notebook did run.
         The caller must exclude cells whose errors do not end the run.
         """

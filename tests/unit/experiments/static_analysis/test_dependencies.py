@@ -584,11 +584,18 @@ def claim(
     )
 
 
+def test_what_a_comprehension_reads_may_be_missed_earlier() -> None:
+    sources = [START, "b = 1\n[a for b in (1, b)]", "c"]
+    assert notebook(*sources).surely_missing([1, 2], crash=2, crash_line=None) == (2, "c")
+    assert outcome(sources, [1, 2], []) == (1, "a")
+
+
 @settings(max_examples=200, deadline=None)
 @given(cells(STRAIGHT), st.data())
 def test_what_is_surely_missing_is_missed(sources: list[str], data: st.DataObject) -> None:
     said, seen = claim([START, *sources], [], data)
-    assert said is None or said == seen
+    # What a comprehension reads is not sure: its iterable may be empty.
+    assert said is None or said == seen or (seen is not None and seen[0] <= said[0])
 
 
 @settings(max_examples=200, deadline=None)
