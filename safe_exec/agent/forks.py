@@ -33,7 +33,7 @@ GIVEN_UP = 70
 
 
 def patch_forks(inside):
-    """Let the kernel's first request serve forks, if the runner asked for it."""
+    """Make the kernel serve forks at its first execute request, if the runner asked for forks."""
     if not inside.config.get("forks"):
         return
     from ipykernel.ipkernel import IPythonKernel

@@ -44,7 +44,7 @@ def reports(*, github: bool, gitlab: bool) -> tuple[BatchReport, ...]:
 
 
 def append_summary(batch: BatchResult, path: Path) -> None:
-    """Append the batch's summary to the job's summary. Raises OSError."""
+    """Append the batch's summary to the summary of the GitHub Actions job. Raises OSError."""
     from safe_exec.reports.batch.ci import github
 
     # GitHub gives all steps of a job one summary file, so it is appended to, never replaced.

@@ -35,7 +35,7 @@ COMMANDS = {
     "mcp": "Serve tools for agents: run notebooks and cells inside limits (MCP).",
 }
 
-# Commands that run no notebook. The others import modules that only Linux has.
+# Commands that work on every system. The others are refused where no notebook can run.
 ANYWHERE = ("doctor", "limits")
 # 128 + SIGINT, as shells report it.
 CANCELLED = 130

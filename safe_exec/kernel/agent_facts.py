@@ -1,4 +1,7 @@
-"""Facts that the agent sends from inside the kernel. All of them are claims."""
+"""Facts that the agent sends from inside the kernel. All of them are claims.
+
+``own_actions``, ``census_facts`` and ``cell_code`` read the larger kinds.
+"""
 
 from __future__ import annotations
 

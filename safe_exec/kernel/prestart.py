@@ -59,7 +59,10 @@ class PrestartedKernel:
         strict_shell: bool = False,
         coverage: CoverageFile | None = None,
     ) -> None:
-        """Begin to start the kernel if ``find_spec`` supports it; ``outcome`` raises errors."""
+        """Start the kernel without waiting for it, unless ``find_spec`` returns ``None``.
+
+        Raises no error of the start: ``outcome`` raises it.
+        """
         # An error belongs in the verdict of the run, which does not exist yet.
         spec = find_spec(kernel_name)
         if spec is None:

@@ -220,7 +220,10 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         return info | {"pid": self.pid, "pgid": self.pgid, "ip": self.ip}
 
     async def load_provisioner_info(self, provisioner_info: dict[str, Any]) -> None:
-        """Load the facts of ``get_provisioner_info``; the keeper belongs to another process."""
+        """Load the ``get_provisioner_info`` of a kernel that another process started.
+
+        The keeper stays with that process.
+        """
         await super().load_provisioner_info(provisioner_info)
         self.pid, self.pgid = provisioner_info["pid"], provisioner_info["pgid"]
         self.ip = provisioner_info["ip"]

@@ -1,8 +1,10 @@
 """The limits: one row for each. The ONLY table of them.
 
 The command line and its help, the kernels, the pytest plugin, the parser of files, the formatter,
-``--require``, ``doctor`` and the JSON Schema read these rows. A new limit is a field of ``model.limits.Limits``, a word in ``LimitName``
-and a row here. Imports the standard library only: pytest imports this module at every start.
+``--require``, ``doctor`` and the JSON Schema read these rows. A new limit is a field of ``Limits``
+and a word of ``LimitName`` (``model.limits``), a row here, and a part of the ``offer`` of each
+mechanism that can enforce it (``sandbox.mechanisms``). Imports the standard library only: pytest
+imports this module at every start.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ def _source_row(code_index: int, source_line: str | None, note: str, style: Styl
 
 
 def _noted(head: str, head_width: int, text: str, note: str, style: Style) -> str:
-    """Return one line with its note in the note column, or behind a longer text."""
+    """Return one line. Its note begins at the note column, or after the text if that is longer."""
     room = style.width - head_width - common.display_width(note) - 2
     pad = min(
         room, max(_NOTE_COLUMN - head_width, common.display_width(text))

@@ -175,9 +175,9 @@ class PreparedJob(Struct, frozen=True, kw_only=True):
     """A job that can run: all input was read and checked, and nothing has been written.
 
     ``node`` is the notebook without the annotations of earlier runs; the run fills in its outputs.
-    ``skipped`` are the indexes of code cells that do not run, ``may_raise`` those that may raise. ``language`` is the kernel's, in which
-    parameters are set. ``started`` is a reading of the
-    monotonic clock. ``kernel`` is a kernel that is starting.
+    ``skipped`` are the indexes of code cells that do not run, ``may_raise`` those that may raise.
+    ``language`` is the one that parameters are set in. ``started`` is a reading of the monotonic
+    clock. ``kernel`` is a kernel that is starting.
     """
 
     job: Job
@@ -263,7 +263,10 @@ def start_clock(prepared: PreparedJob) -> PreparedJob:
 
 
 def _language(job: Job, kernel_name: str, document: notebook.Notebook) -> str | None:
-    """Return the language of the kernel if it is installed, otherwise that of the notebook."""
+    """Return the language for parameters: the installed kernel's, otherwise the notebook's.
+
+    Without parameters it is always the notebook's.
+    """
     if not job.inputs.parameters:
         return document.language
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel

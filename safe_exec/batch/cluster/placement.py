@@ -27,7 +27,7 @@ MOST_SIZES = 8
 
 
 class NotebookNeeds(Struct, frozen=True, kw_only=True):
-    """The request of a notebook.
+    """The resources and the enforcement that a notebook requires of a worker.
 
     ``memory`` is its limit in bytes, ``None`` without one; ``enforced`` are the limits and walls
     that Linux has to enforce.

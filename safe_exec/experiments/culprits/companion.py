@@ -33,7 +33,7 @@ def first_to_wait(cells: Sequence[int], seconds: Mapping[int, float]) -> int:
 
 
 class Companion:
-    """One run; ``task`` and ``request`` are its own once it has begun."""
+    """One run of this kind. ``task`` and ``request`` are ``None`` until it begins."""
 
     def __init__(self, cells: Sequence[int], seconds: Mapping[int, float]) -> None:
         self._cells = frozenset(cells)
@@ -54,6 +54,6 @@ class Companion:
         return {c for c in cells if c < first} == {c for c in self._cells if c < first}
 
     def decide(self, cells: Collection[int]) -> None:
-        """Run these cells to the end; they have to fit."""
+        """Let the waiting run continue with these cells, for which ``fits`` must hold."""
         self._cells = frozenset(cells)
         self._decided.set()

@@ -38,7 +38,7 @@ def code_span(text: str) -> str:
 
 
 def fenced(code: str) -> str:
-    """Return ``code`` as a block, with a fence longer than any run of backticks (CommonMark 4.5)."""
+    """Return ``code`` in a fence longer than any run of backticks in it (CommonMark 4.5)."""
     fence = "`" * max(3, _longest_run(code) + 1)
     return f"{fence}text\n{code}\n{fence}"
 

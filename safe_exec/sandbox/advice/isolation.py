@@ -134,7 +134,7 @@ def _newer(machine: HostCapabilities, host: HostFacts) -> Fix:
 
 
 def _apparmor_profile() -> Fix:
-    """Return a profile like Ubuntu's own in /etc/apparmor.d."""
+    """Return the fix that installs an AppArmor profile for bwrap, like those that Ubuntu ships."""
     program = "/usr/bin/bwrap"
     profile = (
         rf"abi <abi/4.0>,\ninclude <tunables/global>\nprofile bwrap {program} flags=(unconfined) "

@@ -243,7 +243,7 @@ def _each(numbers: Numbers, column: int, place: str) -> Iterator[_Line]:
 def _judgements() -> list[_Line | str]:
     """Return the instructions for calls that depend on an argument.
 
-    Each label's code ends by itself.
+    The code of one call never runs on into that of the next: it ends in a return.
     """
     allow = _Line(RETURN, ALLOW)
     return [

@@ -1,1 +1,1 @@
-"""Reports for CI systems, one module per system. ``batch/ci.py`` detects the system and calls it."""
+"""Reports in the formats of CI systems, one module each; ``batch/ci.py`` chooses and calls them."""
