@@ -555,7 +555,10 @@ class NotebookItem(pytest.Item):
     _line = 0
 
     def runtest(self) -> None:
-        """Run the notebook. Raises NotebookFailed, UsageError, and KeyboardInterrupt after a signal."""
+        """Run the notebook.
+
+        Raises NotebookFailed, UsageError, and KeyboardInterrupt after a signal.
+        """
         from safe_exec._version import __version__
         from safe_exec.model.verdict import Status
 

@@ -61,7 +61,7 @@ class PrestartedKernel:
     ) -> None:
         """Start the kernel without waiting for it, unless ``find_spec`` returns ``None``.
 
-        Raises no error of the start: ``outcome`` raises it.
+        If the start fails, ``outcome`` raises the error, not this.
         """
         # An error belongs in the verdict of the run, which does not exist yet.
         spec = find_spec(kernel_name)

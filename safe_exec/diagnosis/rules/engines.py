@@ -275,7 +275,10 @@ def _own_figures(context: Context) -> tuple[Fact, ...]:
 
 
 def _confidence(context: Context) -> Confidence:
-    """Return ``CERTAIN`` if the run's own memory use was measured and stayed below its limit."""
+    """Return ``CERTAIN`` if the run's own memory use was measured and stayed below its limit.
+
+    Otherwise return ``LIKELY``.
+    """
     peak, limit = context.evidence.memory_peak, context.limits.memory
     # Near the run's own limit, both limits are possible reasons.
     if peak is None or (limit is not None and peak >= REACHED * limit):
