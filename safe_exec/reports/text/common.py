@@ -67,8 +67,10 @@ def code_line(text: str) -> str:
 
 def display_width(text: str) -> int:
     """Return the columns of ``text`` on a terminal: 2 for wide characters, 0 for combining ones."""
-    # Most lines hold no other characters than these, and need no rich.
-    if text.translate(_OWN_SIGNS).isascii():
+    # Most lines hold no other characters than these, and need no rich. Control characters take no
+    # column there.
+    plain = text.translate(_OWN_SIGNS)
+    if plain.isascii() and plain.isprintable():
         return len(text)
     from rich.cells import cell_len
 

@@ -6,7 +6,7 @@ import math
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from safe_exec.model.evidence import Frame
@@ -72,6 +72,7 @@ def test_a_single_line_is_one_line(raw: str) -> None:
 
 
 @given(anything, st.integers(0, 20))
+@example("\x1f00", 2)
 def test_clip_keeps_to_the_width(raw: str, width: int) -> None:
     clipped = common.clip(raw, width)
     assert common.display_width(clipped) <= width
