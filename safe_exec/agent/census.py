@@ -273,6 +273,10 @@ class Census:
         # like the interpreter. The kernel may die meanwhile.
         unexplained = current - self.first_bytes - walk.total
         if finished and (self.is_thorough or unexplained > LEAST_UNEXPLAINED_BYTES):
+            if not settled and not self.is_thorough:
+                # The running cell may only just have taken it: half of the time stays for the
+                # census after the cell.
+                walk.deadline -= seconds / 2
             self.measure(walk, self.modules.variables(self.modules.installed), rows)
             self.send(walk, rows, current, settled, finished)
         self.last_holders = [name for _, name, _, _ in rows[:MOST_HOLDERS]]
