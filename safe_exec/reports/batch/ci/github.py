@@ -155,12 +155,7 @@ def _detail(report: NotebookReport, verdict: Verdict, batch: BatchResult) -> Ite
     # HTML here, because markdown is not interpreted inside a summary element.
     title = f"{report.result.path}: {batch_text.headline(report)}"
     yield f"<details><summary>{_SIGNS[report.outcome]} {html.escape(common.single_line(title))}</summary>"
-    if verdict.crash_cell is not None:
-        yield f"**Where:** {inert(batch_text.place(verdict))}"
-        yield from _block([verdict.crash_cell.source_line or ""])
-    if verdict.culprits is not None:
-        yield f"**Culprits:** {inert(batch_text.culprits_words(verdict))}"
-        yield "\n".join(_culprits(verdict))
+    yield from _cells(verdict)
     if verdict.cause is not None:
         yield f"**Why:** {inert(verdict.cause.summary)}"
         yield "\n".join(f"- {inert(line)}" for line in common.evidence_lines(verdict))
@@ -171,14 +166,19 @@ def _detail(report: NotebookReport, verdict: Verdict, batch: BatchResult) -> Ite
     yield "\n".join(f"- {inert(line)}" for line in common.skipped_reasons(verdict))
 
 
-def _other_failure(verdict: Verdict) -> Iterator[str]:
-    yield f"**Also: {inert(common.headline(verdict))}**"
+def _cells(verdict: Verdict) -> Iterator[str]:
+    """Yield the crash cell and the culprits."""
     if verdict.crash_cell is not None:
         yield f"**Where:** {inert(batch_text.place(verdict))}"
         yield from _block([verdict.crash_cell.source_line or ""])
     if verdict.culprits is not None:
         yield f"**Culprits:** {inert(batch_text.culprits_words(verdict))}"
         yield "\n".join(_culprits(verdict))
+
+
+def _other_failure(verdict: Verdict) -> Iterator[str]:
+    yield f"**Also: {inert(common.headline(verdict))}**"
+    yield from _cells(verdict)
     if verdict.cause is not None:
         yield f"**Why:** {inert(verdict.cause.summary)}"
 
