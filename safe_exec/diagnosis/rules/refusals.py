@@ -281,11 +281,7 @@ def died_of_memory_error(context: Context) -> Cause | None:
     if message is None or not message.lines[-1].startswith("MemoryError"):
         return None
     peak, limit = evidence.memory_peak, context.limits.memory
-    facts = [*exit_facts(evidence), message.fact]
-    if peak is not None:
-        facts.append(outside("memory peak", peak, "control group or sum over processes"))
-    if limit is not None:
-        facts.append(outside("memory limit", limit, "limits of this run"))
+    facts = (*exit_facts(evidence), message.fact, *_memory_facts(context))
     summary = (
         "the kernel exited with status 1: an allocation was refused (MemoryError), and so were "
         "those that Python needed to report it"
@@ -302,7 +298,7 @@ def died_of_memory_error(context: Context) -> Cause | None:
             "RLIMIT_DATA): either refuses memory that the machine has."
         )
     )
-    return make(context, CauseKind.MEMORY_ERROR, summary, Confidence.LIKELY, tuple(facts), advice)
+    return make(context, CauseKind.MEMORY_ERROR, summary, Confidence.LIKELY, facts, advice)
 
 
 def parser(context: Context) -> Cause | None:
@@ -323,23 +319,30 @@ def parser(context: Context) -> Cause | None:
         "Python's parser gave up: the code that it was given is nested too deeply. It "
         "says so with a MemoryError, but memory is not short"
     )
-    facts = [_said(error)]
-    if peak is not None:
-        facts.append(outside("memory peak", peak, "control group or sum over processes"))
-    if limit is not None:
-        facts.append(outside("memory limit", limit, "limits of this run"))
+    facts = (_said(error), *_memory_facts(context))
     advice = (
         "Build the value in steps instead of one expression, or nest fewer parentheses and "
         "operators; text of such a depth"
         " should not be evaluated as Python code."
     )
-    return make(context, CauseKind.EXCEPTION, summary, Confidence.LIKELY, tuple(facts), advice)
+    return make(context, CauseKind.EXCEPTION, summary, Confidence.LIKELY, facts, advice)
 
 
 def _is_of_parser(error: CellError) -> bool:
     """Tell whether the innermost line of the traceback calls the parser."""
     lines = _RAISED_AT.findall(_ANSI.sub("", "\n".join(error.traceback)))
     return bool(lines) and PARSER_CALL.search(lines[-1]) is not None
+
+
+def _memory_facts(context: Context) -> list[Fact]:
+    """Return the memory peak and the memory limit, as far as they are known."""
+    peak, limit = context.evidence.memory_peak, context.limits.memory
+    facts = []
+    if peak is not None:
+        facts.append(outside("memory peak", peak, "control group or sum over processes"))
+    if limit is not None:
+        facts.append(outside("memory limit", limit, "limits of this run"))
+    return facts
 
 
 def _said(error: CellError) -> Fact:
