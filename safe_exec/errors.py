@@ -45,6 +45,10 @@ class SandboxError(SafeExecError):
     exit_code = 7
 
 
+class IsolationError(SandboxError):
+    """The requested isolation does not fit the notebook's folder or a path. Nothing was run."""
+
+
 class ClusterError(SafeExecError):
     """The cluster of ``--cluster`` cannot be reached or started. Nothing was run."""
 

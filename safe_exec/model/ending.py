@@ -166,6 +166,8 @@ class InternalError(Struct, frozen=True, kw_only=True):
     cell: int | None = None
     # Nothing failed: this machine cannot enforce a limit that was required.
     refused: bool = False
+    # Nothing failed: the requested isolation does not fit the notebook's folder or a path.
+    unfit: bool = False
 
 
 Ending = (

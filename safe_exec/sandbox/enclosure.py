@@ -22,7 +22,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 import safe_exec
-from safe_exec.errors import SandboxError
+from safe_exec.errors import IsolationError
 from safe_exec.keeper.child import LandlockRules, Walls
 from safe_exec.keeper.protocol import BwrapSetup, LimitedDisk
 from safe_exec.model.evidence import IsolationFacts
@@ -269,7 +269,7 @@ class Enclosure(Struct, frozen=True, kw_only=True):
 
 
 def enclose(kernel: PlannedKernel) -> Enclosure:
-    """Plan the walls of one kernel. Raises SandboxError if a wall is impossible."""
+    """Plan the walls of one kernel. Raises IsolationError if a wall is impossible."""
     requested = kernel.plan.isolation
     kernel = replace(kernel, plan=replace(kernel.plan, isolation=settled(requested)))
     demand_narrow(kernel.folder, requested)
@@ -313,7 +313,7 @@ def enclose(kernel: PlannedKernel) -> Enclosure:
 
 
 def demand_narrow(folder: Path, isolation: Isolation) -> None:
-    """Raise SandboxError if a place that must be closed lies in the notebook's folder."""
+    """Raise IsolationError if a place that must be closed lies in the notebook's folder."""
     # The folder and everything in it stays open, so it must not contain a home or /usr.
     closed = [
         *(homes() if isolation.hide_home else ()),
@@ -322,14 +322,14 @@ def demand_narrow(folder: Path, isolation: Isolation) -> None:
     for path in closed:
         if path.is_relative_to(folder):
             kind = "a home" if path not in SYSTEM else "a part of the system"
-            raise SandboxError(
+            raise IsolationError(
                 f"the notebook's folder {folder} is, or holds, {kind} that is to be walled "
-                f"off ({path}): run it in a folder of its own"
+                f"off ({path})"
             )
 
 
 def settled(isolation: Isolation) -> Isolation:
-    """Resolve the paths of an isolation on this machine. Raises SandboxError.
+    """Resolve the paths of an isolation on this machine. Raises IsolationError.
 
     Paths to hide that do not exist are dropped.
     """
@@ -345,12 +345,12 @@ def settled(isolation: Isolation) -> Isolation:
     for name in (*_OPENED, "devices"):
         for path in settings[name]:
             if not os.path.exists(path):
-                raise SandboxError(f"isolation: {name}: {path}: no such file or directory")
+                raise IsolationError(f"isolation: {name}: {path}: no such file or directory")
     for path in settings["devices"]:
         if not path.startswith("/dev/"):
-            raise SandboxError(f"isolation: devices: {path} is not below /dev")
+            raise IsolationError(f"isolation: devices: {path} is not below /dev")
     if "/" in (*settings["writable"], *settings["show"], *settings["hide"]):
-        raise SandboxError("isolation: / itself can be neither writable, nor shown, nor hidden")
+        raise IsolationError("isolation: / itself can be neither writable, nor shown, nor hidden")
     settings["hide"] = tuple(path for path in settings["hide"] if os.path.exists(path))
     return replace(isolation, **settings)
 
@@ -377,7 +377,7 @@ def written_repository(isolation: Isolation, folder: Path, *, has_disk_limit: bo
         access = repository_access(
             settled(isolation), folder.resolve(), homes=homes(), has_disk_limit=has_disk_limit
         )
-    except SandboxError:
+    except IsolationError:
         # The run itself reports this error.
         return None
     return access.root if access.use is RepositoryUse.WRITE else None

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from safe_exec.errors import KernelMissingError, KernelStartError
+from safe_exec.errors import IsolationError, KernelMissingError, KernelStartError
 from safe_exec.keeper.protocol import CleanupResult
 from safe_exec.kernel.coverage_file import lost_rows
 from safe_exec.kernel.session import (
@@ -142,6 +142,9 @@ class Trial:
                 ending = await CellLoop(self.state).run()
         except Stop as stop:
             ending = stop.ending
+        except IsolationError as error:
+            # Raised before the kernel starts, so there is none to kill.
+            ending = InternalError(message=str(error), unfit=True)
         except Exception as error:  # noqa: BLE001
             # A failure of safe-exec is an ending too: the outputs so far are still written.
             ending = InternalError(

@@ -259,6 +259,7 @@ HELPS: Mapping[str, Callable[[Context], bool]] = {
     "--stdin": lambda c: c.evidence.error is not None and c.evidence.error.ename == NOBODY_TYPES,
     "--allow-errors": lambda c: isinstance(c.ending, CellFailed),
     "--kernel": lambda c: isinstance(c.ending, StartFailed),
+    "--limits": lambda c: isinstance(c.ending, InternalError) and c.ending.unfit,
     "--mechanisms": lambda c: by_rlimit(c, LimitName.MEMORY),
     "--require": lambda c: isinstance(c.ending, InternalError) and c.ending.refused,
 }

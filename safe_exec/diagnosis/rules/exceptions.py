@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from safe_exec.diagnosis.context import Context, alive, exit_facts, inside, make, outside
 from safe_exec.model.ending import CellFailed, OutputsDiffer
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
@@ -43,7 +45,7 @@ def exception(context: Context) -> Cause | None:
     if not isinstance(context.ending, CellFailed) or error is None:
         return None
     # The traceback is in the notebook; a summary holds one line.
-    first = error.evalue.strip().split("\n", 1)[0][:200]
+    first = _first_words(error.evalue)[:200]
     summary = (
         ": ".join(part for part in (error.ename, first) if part)
         or "the cell raised an error without a name"
@@ -60,6 +62,13 @@ def exception(context: Context) -> Cause | None:
         "or pass --allow-errors."
     )
     return make(context, CauseKind.EXCEPTION, summary, Confidence.CERTAIN, facts, advice)
+
+
+def _first_words(message: str) -> str:
+    """Return the first line of a message that holds a letter or digit, or else its first line."""
+    # NLTK frames its messages with lines of asterisks.
+    lines = message.strip().split("\n")
+    return next((line.strip() for line in lines if re.search(r"\w", line)), lines[0])
 
 
 def _printed(context: Context) -> tuple[Fact, ...]:

@@ -132,7 +132,9 @@ def internal(context: Context) -> Cause | None:
     if not isinstance(ending, InternalError):
         return None
     checked = (
-        [outside("started", False, "checked before anything was run")] if ending.refused else []
+        [outside("started", False, "checked before anything was run")]
+        if ending.refused or ending.unfit
+        else []
     )
     facts = (
         *checked,
@@ -150,6 +152,12 @@ def internal(context: Context) -> Cause | None:
         advice = (
             "Nothing was run. Fix the machine as `safe-exec doctor` suggests, or require less "
             "(--require)."
+        )
+        return make(context, CauseKind.UNKNOWN, ending.message, Confidence.CERTAIN, facts, advice)
+    if ending.unfit:
+        advice = (
+            "Nothing was run. Move the notebook into a folder of its own or correct the path, or "
+            "run it with less isolation, such as --limits default."
         )
         return make(context, CauseKind.UNKNOWN, ending.message, Confidence.CERTAIN, facts, advice)
     advice = (

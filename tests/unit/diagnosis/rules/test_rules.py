@@ -1233,6 +1233,12 @@ OTHERS = [
         seen={"oom_kills": 1, "termination": TerminationReason.MEMORY},
     ),
     Row(id="internal", ending=InternalError(message="no"), kind=K.UNKNOWN, confidence=C.GUESS),
+    Row(
+        id="unfit",
+        ending=InternalError(message="no", unfit=True),
+        kind=K.UNKNOWN,
+        confidence=C.CERTAIN,
+    ),
     hit(
         "output",
         LimitName.CELL_OUTPUT,
@@ -1719,3 +1725,30 @@ def test_a_copy_of_a_socket_in_the_folder_would_not_help(socket: bool) -> None:
     text = isolation.advice(conflict)
     assert "--show /home/ann/db.sock" in text
     assert ("put it into the notebook's folder" in text) != socket
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("*****\n  Resource 'stopwords' not found.\n*****", "Resource 'stopwords' not found."),
+        ("\n\nnot found\nmore", "not found"),
+        ("***", "***"),
+    ],
+)
+def test_the_summary_of_an_exception_is_the_first_line_with_words(message: str, said: str) -> None:
+    row = Row(
+        id="framed", ending=failed(CellError(ename="LookupError", evalue=message)), kind=K.EXCEPTION
+    )
+    assert of(row).summary == f"LookupError: {said}"
+
+
+def test_isolation_that_does_not_fit_the_folder_is_no_fault_of_ours() -> None:
+    row = Row(
+        id="unfit",
+        ending=InternalError(message="the folder is a home", unfit=True),
+        kind=K.UNKNOWN,
+    )
+    cause = of(row)
+    assert cause.summary == "the folder is a home"
+    assert "report" not in cause.advice
+    assert "folder of its own" in cause.advice
