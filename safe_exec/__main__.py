@@ -1,4 +1,7 @@
-"""``python -m safe_exec`` and the ``safe-exec`` command. The only place that exits."""
+"""Run ``python -m safe_exec`` and the ``safe-exec`` command.
+
+No other module exits the process.
+"""
 
 from __future__ import annotations
 

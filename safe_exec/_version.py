@@ -1,3 +1,6 @@
-"""The version of safe-exec, apart from the package so that nothing imports upwards for it."""
+"""The version of safe-exec.
+
+A module of its own lets every layer import the version without importing the whole package.
+"""
 
 __version__ = "0.1.0"

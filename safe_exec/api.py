@@ -179,7 +179,7 @@ def _blocking(
 
 
 def _refuse_unknown(arguments: Mapping[str, object]) -> None:
-    """Raise TypeError, which Python would word for `run_async`, for an unknown argument."""
+    """Raise TypeError for an unknown argument; Python's own message would name ``run_async``."""
     parameters = inspect.signature(run_async).parameters
     for name in arguments:
         if name in SPECS:
@@ -215,7 +215,7 @@ def _demand_kinds(
     only_tags: object,
     keep_files: object,
 ) -> None:
-    """Raise UsageError for arguments of a kind that is easily mistaken."""
+    """Raise UsageError for an argument whose type is easily mistaken."""
     if limits is not None and not isinstance(limits, str | Limits):
         raise UsageError(
             f"limits: expected a profile, a file or Limits, found {type(limits).__name__};"

@@ -46,6 +46,6 @@ def _is_ours(path: Path) -> bool:
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
-    """Return the name of an entry: a hash of everything that the answer depends on."""
+    """Return the name of a cache entry: a hash of everything that its content depends on."""
     # sort_keys: equal parts must have one name, whatever their order.
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -34,7 +34,7 @@ class OutputPathError(UsageError):
 
 
 class EnforcementError(SafeExecError):
-    """The operating system cannot enforce a limit from ``--require`` on this machine."""
+    """The operating system here cannot enforce a limit that ``--require`` names."""
 
     exit_code = 7
 

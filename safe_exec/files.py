@@ -42,7 +42,10 @@ for _name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):
 
 
 def read_regular(path: Path, *, most: int, error: type[UsageError]) -> bytes:
-    """Return the bytes of a regular file; raise ``error``, one line, for anything else."""
+    """Return the bytes of a regular file of at most ``most`` bytes.
+
+    Raises ``error``, with a one-line message, for anything else.
+    """
     name = one_line(path)
     try:
         with os.fdopen(_open_regular(path), "rb") as file:
@@ -142,7 +145,7 @@ def check_writable(path: Path | str) -> None:
     """Raise OutputPathError if ``write_atomically`` could not write to ``path``; leave no traces.
 
     A symlink to a file is accepted, because the write replaces the link. Everything else that is
-    not a regular file is rejected, also behind a symlink: replacing /dev/null or /dev/stdout would
+    not a regular file is rejected, even behind a symlink: replacing /dev/null or /dev/stdout would
     break the machine.
     """
     path = Path(path)

@@ -71,13 +71,13 @@ class Inside:
     def fact(self, **fields):
         """Report a fact. Never waits and never raises.
 
-        A full socket loses facts, not the notebook's time.
+        If the socket is full, the fact is lost, because waiting would delay the notebook.
         """
         if not self.child:
             self.fact_of_any(**fields)
 
     def fact_of_any(self, **fields):
-        """Report a fact, from a forked child as well."""
+        """Report a fact, even from a forked child."""
         try:
             self.facts.send(json.dumps(fields).encode("utf-8", "replace"))
         except (OSError, ValueError):
@@ -123,7 +123,7 @@ class Inside:
         return False
 
     def here(self, frame):
-        """Record the exact line of the current cell that the main thread's frame executes."""
+        """Record the line of the current cell that the main thread executes; return its stack."""
         rows = self.frames(frame)
         line = next((row[1] for row in rows if row[3] == self.page.cell), None)
         if line:
@@ -131,9 +131,9 @@ class Inside:
         return rows
 
     def at(self, line):
-        """Record the line that runs, unless in a forked child.
+        """Record the running line, except in a forked child.
 
-        Between cells the record still says that the last cell has finished.
+        Between cells the record keeps the flag that the last cell has finished.
         """
         if not self.child:
             self.page.note_line(line if self.in_cell else line | layout.FINISHED)

@@ -1,6 +1,6 @@
-"""Records every allocation with memray, in a trial that only looks for the lines that allocate.
+"""Records every allocation with memray, in an extra trial that finds the allocating lines.
 
-The runner sends the descriptor of an unlinked file. What memray has written there outlives SIGKILL.
+The runner sends the descriptor of an unlinked file. The records in that file survive SIGKILL.
 """
 
 import importlib

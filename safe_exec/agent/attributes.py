@@ -110,7 +110,7 @@ def path_text(value):
 
 
 def note_file(inside, event, args):
-    """Record the file that an audit event opens."""
+    """Record the file, the database or the address that an audit event names."""
     # An error does not always name its file, and never tells whether it was to be written. Only
     # plain text is kept: a reference to a notebook's object would extend its life.
     if event == "sqlite3.connect":
@@ -128,10 +128,10 @@ def note_file(inside, event, args):
 
 
 def surroundings(inside):
-    """Return the paths in which relative names were looked up, as the cell left them.
+    """Return the paths by which the cell's relative names were looked up.
 
-    These are the working directory, ``sys.path`` and ``PATH``; also the database that was opened
-    last, and the address that was connected to last.
+    These are the working directory, ``sys.path`` and ``PATH`` at the end of the cell, the database
+    that was opened last, and the address that was connected to last.
     """
     try:
         folder = os.getcwd()

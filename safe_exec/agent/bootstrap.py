@@ -3,9 +3,9 @@
 ``bootstrap.py PAGE FACTS FAULT CONFIG -m MODULE ...``.
 
 It patches ipykernel with the modules of this folder and then runs the module as ``python -m``
-would. They are modules and not one file, since Python does not cache the bytecode of a file that it
-runs: 6 ms of each start. They are loaded under a name that no notebook uses, and that name is then
-removed.
+would. The patches are in separate modules because Python caches the bytecode of modules, but not of
+the script that it runs; that saves 6 ms of each start. The modules are loaded under a name that no
+notebook uses, and that name is then removed.
 """
 
 import gc
@@ -15,7 +15,7 @@ NAME = "_safe_exec_inside"
 
 
 def load():
-    """Import ``install`` and ``agent`` of this package, and remove their names."""
+    """Import this package's ``install`` and ``agent``, then remove it from ``sys.modules``."""
     import importlib
     import importlib.util
     import os
@@ -35,9 +35,9 @@ def load():
 
 
 def decline_free_threading():
-    """Exit with a message if threads run Python code in parallel.
+    """Exit with a message if Python runs without its global interpreter lock.
 
-    The stack of a running thread cannot be read then.
+    Without the lock, the agent cannot read the stack of a running thread.
     """
     # Since Python 3.13.
     if not getattr(sys, "_is_gil_enabled", lambda: True)():

@@ -23,14 +23,17 @@ HARMLESS = (os.devnull, "/dev/zero", "/dev/random", "/dev/urandom")
 
 
 class OwnState:
-    """The descriptors and shared mappings of a process that the notebook did not open."""
+    """The descriptors and shared mappings of a process before the notebook opens any."""
 
     def __init__(self, descriptors, mappings):
         self.descriptors, self.mappings = descriptors, mappings
 
 
 def inherited_state(channel):
-    """Return the present descriptors and shared mappings; others that a fork has later are new."""
+    """Return the current descriptors, except ``channel``, and the current shared mappings.
+
+    Those that a fork finds beyond them were opened by the notebook.
+    """
     return OwnState(descriptors() - {channel}, shared_mappings())
 
 
@@ -67,9 +70,10 @@ def threads():
 
 
 def why_not_branchable(own, loop, channel):
-    """Return why the process should not be forked, in a few words; empty if it may be.
+    """Return the reason against a fork of the process, in a few words; empty if there is none.
 
-    Threads are not checked here. Count them after a fork: some libraries end theirs before one.
+    Threads are not checked here: count them after a fork, because some libraries end their threads
+    before one.
     """
     checks = (
         lambda: next((name for name in UNFORKABLE if name in sys.modules), ""),
@@ -89,7 +93,7 @@ def why_not_branchable(own, loop, channel):
 
 
 def library():
-    """Return a loaded library that does not survive a fork."""
+    """Return a loaded library that does not survive a fork; empty if there is none."""
     with open("/proc/self/maps") as file:
         text = file.read()
     return next((name for name in LIBRARIES if "/" + name in text), "")
@@ -111,16 +115,16 @@ def has_timer():
 
 
 def has_interpreters():
-    """Tell whether the notebook made an interpreter beside the main one."""
+    """Tell whether the notebook created a subinterpreter."""
     # Until Python 3.12 the module has another name.
     module = sys.modules.get("_interpreters") or sys.modules.get("_xxsubinterpreters")
     return module is not None and len(module.list_all()) > 1
 
 
 def open_files(own, loop, channel):
-    """Return the kind of a descriptor that the notebook opened, such as a socket.
+    """Describe a descriptor that the notebook opened: ``an open socket``.
 
-    "" if there is none.
+    Returns an empty text if there is none.
     """
     # The loop's own: each process that runs cells makes itself a new one.
     ours = {channel, loop._selector.fileno(), loop._ssock.fileno(), loop._csock.fileno()}

@@ -116,9 +116,9 @@ def finish(inside):
 
 
 def source_of(inside, name):
-    """Return the source behind a file name that IPython gave to a text.
+    """Return the ``Source`` of code, by the file name that IPython gave to it.
 
-    Returns ``None`` for a text that does not belong to the running cell.
+    Returns ``None`` for code that does not belong to the running cell.
     """
     page, cell = inside.page, inside.bodies.cell
     registered = inside.files.get(name)
@@ -141,7 +141,7 @@ def source_of(inside, name):
 
 
 def traceback_rows(inside, entry):
-    """Return the rows of a traceback, outermost first, without repetitions."""
+    """Return the rows of a traceback, outermost first; a frame that repeats gets one row."""
     # An error in a trace function (a debugger's) passes the frame that was traced twice.
     rows, last = [], None
     while entry is not None:
@@ -152,7 +152,10 @@ def traceback_rows(inside, entry):
 
 
 def tell_failure(inside, error):
-    """Report where a statement raised, innermost first; the displayed traceback may hide frames."""
+    """Report the stack of a statement's error, innermost first.
+
+    The displayed traceback may hide some of these frames.
+    """
     rows = traceback_rows(inside, getattr(error, "__traceback__", None))
     # The first is IPython's own, which called exec().
     rows = rows[1:][::-1]

@@ -1,9 +1,9 @@
-"""Reports the variables that hold the kernel's memory, before it may be too late.
+"""Reports the variables that hold the kernel's memory.
 
-A census lists the largest holders. It is taken at the end of a cell if the memory changed, and by
-the sampling thread when it comes closer to the limit: a kernel that the system kills cannot be
-asked. All of them together take at most one percent of the cells' time. The runner treats each
-figure as a claim.
+A census lists the largest holders. The agent takes one at the end of a cell if the memory changed,
+and the sampling thread takes one as the memory approaches the limit: after the system has killed
+the kernel, it is too late. All censuses together take at most one percent of the cells' time. The
+runner treats each figure as a claim.
 """
 
 import _thread
@@ -86,7 +86,7 @@ class Census:
         self.last_holders = ()
 
     def own_bytes(self):
-        """Return the memory of this process that no file holds; ``None`` if unknown."""
+        """Return this process's memory in bytes, without pages of files; ``None`` if unknown."""
         if self.statm is None:
             return None
         try:
@@ -145,7 +145,7 @@ class Census:
         self.next_bytes = self.last_bytes + step if remaining > 0 else None
 
     def earn(self):
-        """Add the time since the last census to the budget."""
+        """Add one percent of the time since the last call to the budget for censuses."""
         moment = self.clock()
         if self.started is not None:
             self.credit += (moment - self.started) * SHARE_OF_TIME
@@ -239,7 +239,7 @@ class Census:
     def take(self, current, settled=False):
         """Take a census and report it.
 
-        False if the time budget or the free memory does not allow one.
+        Returns false if the time budget or the free memory does not allow one.
         """
         seconds = THOROUGH_SECONDS if self.is_thorough else min(LONGEST_SECONDS, self.credit)
         room = self.limit is None or current + ROOM_BYTES <= self.limit
@@ -296,7 +296,7 @@ class Census:
         )
 
     def measure(self, walk, roots, rows):
-        """Append a row for each holder; false if the time ran out first."""
+        """Append a row for each holder to ``rows``; return false if the time ran out first."""
         try:
             for name, thing in roots:
                 try:

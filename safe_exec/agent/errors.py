@@ -1,8 +1,8 @@
 """Reports the origin of errors that a cell displays, and of requests to exit.
 
-A cell whose code continues may display a traceback: ``%run`` of a file that raises, a failing
-formatter, ``showtraceback()`` in a library. The shell's own reply says nothing about its place
-then.
+A cell may display a traceback and then continue: ``%run`` of a file that raises, a failing
+formatter, ``showtraceback()`` in a library. The shell's reply then does not say where the error was
+raised.
 """
 
 import functools
@@ -40,7 +40,10 @@ def patch_errors(inside):
 
 
 def tell_shown(inside, error):
-    """Report the stack of an error that is about to be displayed, down to the displaying cell."""
+    """Report the stack of an error that is about to be displayed.
+
+    The stack ends at the cell that displays the error.
+    """
     rows = rows_of(inside, error)
     line = syntax_line(inside, error) or next(
         (row[1] for row in rows if row[3] == inside.page.cell), 0

@@ -18,7 +18,10 @@ LOCAL = ("127.", "::1", "localhost", "0.0.0.0", "::ffff:127.", "::")
 
 
 def arm(inside):
-    """Write the stacks of fatal signals and of the dump signals to our own descriptor."""
+    """Make faulthandler write stacks to our own descriptor.
+
+    It writes them at fatal signals and at the dump signals.
+    """
     enable = faulthandler.enable
     enable(file=inside.fault_fd, all_threads=True)
     # A thread that runs on, because the main thread has released the interpreter lock, changes the
@@ -38,9 +41,10 @@ def arm(inside):
 
 
 def watch_handler(inside):
-    """Report if another handler replaces faulthandler's for SIGSEGV, which then writes no report.
+    """Report that another handler has replaced faulthandler's handler for SIGSEGV.
 
-    A notebook may turn it off, and libraries (JVM, R) install handlers of their own.
+    Then no stack is written at a crash. A notebook may disable faulthandler, and libraries (JVM, R)
+    install handlers of their own.
     """
     sigaction, current = (
         ctypes.PyDLL(None).sigaction,

@@ -1,12 +1,13 @@
-"""Answers the culprit search in forks of a live kernel: no cell that has run need run again.
+"""Runs the trials of a culprit search in forks of one live kernel.
 
-The kernel's main thread forks once, before any cell: the *root*, which has no other thread. The
-root sleeps until the runner asks for a run of some cells. Then it forks a process that runs them
-as ipykernel would, and tells how that process ended. Before a cell such a process may leave a
-*snapshot* behind, a sleeping fork of itself that answers like the root, from where it is.
+The kernel's main thread forks once, before any cell. This fork is the *root*, which has no other
+thread. The root sleeps until the runner asks it to run some cells. It then forks a process that
+runs them as ipykernel would, and reports how that process ended. Before a cell, such a process may
+leave a *snapshot* behind: a sleeping fork that takes requests like the root, and continues from its
+own state. So cells that ran before a snapshot need not run again.
 
 Root and snapshots run no code of the notebook. They end when the runner closes its end of their
-channel. A state that does not survive a fork is not kept (``branching.py``).
+channel. No snapshot is taken of a state that does not survive a fork (``branching.py``).
 """
 
 import asyncio
@@ -175,7 +176,7 @@ class Server:
     def run(self, channel, cells, keep):
         """Run cells, then exit.
 
-        ``keep`` are the positions before which a snapshot is left behind.
+        ``keep`` lists the positions of the cells before which a snapshot is left behind.
         """
         os.setsid()
         self.loop = asyncio.new_event_loop()
@@ -227,7 +228,10 @@ class Server:
         return True
 
     def sleep(self, ours, theirs, channel):
-        """Become a snapshot, by a second fork, so that the process that runs cells has no child."""
+        """Turn this fork into a snapshot. Never returns.
+
+        A second fork makes the snapshot a process that is not a child of the one that runs cells.
+        """
         code = GIVEN_UP
         try:
             if fork_quietly():
@@ -244,7 +248,10 @@ class Server:
 
 
 def await_end(pid, channel, seconds):
-    """Wait for the end of a child; true if its time is up, ``None`` if the runner has gone."""
+    """Wait until a child ends and return false.
+
+    Returns true if ``seconds`` pass first, and ``None`` if the runner has gone.
+    """
     deadline = time.monotonic() + seconds
     pidfd = os.pidfd_open(pid)
     try:

@@ -26,7 +26,7 @@ class Growth:
         self.last_bytes = current
 
     def at_statement(self, current, row):
-        """Charge the previous statement for its allocations, and record which one is next."""
+        """Charge the previous statement for its allocations; make ``row`` the current frame."""
         self.charge(current)
         self.frames = (row,)
 

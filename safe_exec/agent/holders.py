@@ -44,9 +44,9 @@ def is_class(thing):
 
 
 def variables(walk, namespace, first=()):
-    """Yield the variables of the notebook, those in ``first`` first, then the newest first.
+    """Yield the notebook's variables: those named in ``first``, then the others, newest first.
 
-    An object that two variables have belongs to one of them.
+    An object with several names is counted for only one of them.
     """
     names = [name for name in first if name in namespace]
     visited, classes = set(names), []
@@ -62,7 +62,7 @@ def variables(walk, namespace, first=()):
 
 
 def own_values(walk, namespace, names, classes):
-    """Yield the variables of these names; classes are appended to ``classes`` instead."""
+    """Yield the variables with these names, but append those that are classes to ``classes``."""
     own = []
     for name in names:
         if type(name) is not str or is_of_shell(name) or name not in namespace:
@@ -104,7 +104,7 @@ def outputs(namespace):
 
 
 def figures():
-    """Yield the open figures of pyplot, as one holder: each alone is small."""
+    """Yield the open figures of pyplot as a single holder, because each alone is small."""
     helpers = sys.modules.get("matplotlib._pylab_helpers")
     managers = getattr(getattr(helpers, "Gcf", None), "figs", None)
     if managers:
@@ -126,7 +126,7 @@ def tracebacks():
 class Modules:
     """The modules that the notebook imported: its own ones and, separately, the installed ones.
 
-    Each module is looked at once: there may be thousands.
+    Each module is examined only once: there may be thousands.
     """
 
     def __init__(self):
@@ -163,7 +163,7 @@ def is_installed(module):
 
 
 def local_variables(main, namespace):
-    """Yield the local variables of the notebook's functions that run, the main thread's first.
+    """Yield the local variables of the notebook's running functions, the main thread's first.
 
     Before Python 3.13 a frame keeps a copy of its local variables once they were read.
     """
@@ -188,7 +188,7 @@ class Unreached(list):
 def unreached(walk):
     """Yield, for each class of the notebook, the objects that no other holder refers to.
 
-    They refer to each other, and the garbage collector has not run since or is disabled.
+    Such objects refer to each other and wait for the garbage collector, which may be disabled.
     """
     # The system knows no smaller bound for the number of objects.
     if sys.getallocatedblocks() > MOST_BLOCKS:

@@ -1,6 +1,6 @@
 """Fixes an error that an interrupt may cause in IPython.
 
-Safe-exec sends one when the time is up.
+Safe-exec interrupts a kernel when its time is up.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Postpones rarely needed imports, and spares the collector the initial objects."""
+"""Postpones rarely needed imports, and exempts the kernel's own objects from garbage collection."""
 
 import _thread
 import builtins
@@ -19,7 +19,10 @@ FROM_DEBUGPY = (
 
 
 def import_debugger_alone():
-    """Import ipykernel's debugger without debugpy; ``None`` if it is not a version that we know."""
+    """Import ipykernel's debugger without debugpy.
+
+    Returns ``None`` if this version of ipykernel is not supported.
+    """
     empty = {
         name: types.ModuleType(name)
         for name in ("debugpy", *(module for module, _ in FROM_DEBUGPY))

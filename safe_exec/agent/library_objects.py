@@ -1,8 +1,8 @@
 """Measures the objects of numpy, pyarrow, polars, torch and PIL, whose memory Python does not see.
 
-pandas and scipy need nothing of their own: their objects lead to arrays. Only libraries that the
-notebook imported are used, through the getters of their own classes; a subclass of the notebook
-cannot intervene.
+pandas and scipy need no handlers, because their objects refer to arrays. Only libraries that the
+notebook has imported are used. Their objects are read through the getters of the libraries' own
+classes, so that a subclass of the notebook cannot intervene.
 """
 
 import array
@@ -15,7 +15,7 @@ ARRAY_BYTES = 112
 
 
 def library_handlers():
-    """Return the handlers by type, with those of the libraries that the notebook imported."""
+    """Return the handlers by type: the built-in ones, and those of the imported libraries."""
     handlers = dict(BUILT_IN)
     handlers.update(dict.fromkeys(NEVER))
     for name, register in LIBRARIES.items():
@@ -121,7 +121,7 @@ def register_polars(polars, handlers):
 
 
 def register_torch(torch, handlers):
-    """Add the handler for tensors in the memory of the machine."""
+    """Add the handler for tensors in main memory."""
     storage_of = torch.Tensor.untyped_storage
     is_leaf = torch.Tensor.is_leaf.__get__
     gradient_of = torch.Tensor.grad.__get__

@@ -1,10 +1,10 @@
 """Records which lines of library code run (``--coverage``), with the kernel's package coverage.
 
-What was recorded is written to a file without a name that the runner holds, so it outlives the
-kernel and needs no place that isolation lets the kernel write to. Rows are only added: each names a
-file and its new lines, or arcs between lines. A kernel that dies loses what ran since the last row.
-So rows are written at the end of each cell, before calls that end the process, and at growing
-intervals while a cell runs.
+The record is written to an unlinked file, whose descriptor the runner holds too. So it outlives the
+kernel, and isolation needs no exception for it. Rows are only appended: each names a file and its
+new lines, or arcs between lines. A kernel that dies loses the lines since its last row. So rows are
+written at the end of each cell, before calls that end the process, and at growing intervals while a
+cell runs.
 """
 
 import _thread
@@ -44,18 +44,19 @@ class NoCoverage:
     begin_cell = end_cell = save = start
 
     def owns(self, function):
-        """Return false: any trace function is the notebook's."""
+        """Return false: without coverage, every trace function is the notebook's."""
         return False
 
     def installs(self, frame):
-        """Return false: any trace function is the notebook's."""
+        """Return false: without coverage, every trace function is the notebook's."""
         return False
 
 
 class RowData:
-    """Receives the lines that coverage collects. Its own database takes ten times longer.
+    """Receives the lines that coverage collects.
 
-    It has the methods of ``coverage.CoverageData`` that are called while a measurement runs.
+    coverage's own database would take ten times longer. This class has the methods of
+    ``coverage.CoverageData`` that are called while a measurement runs.
     """
 
     def __init__(self, take):
@@ -85,10 +86,10 @@ class RowData:
 
 
 class LineCoverage:
-    """The measurement in this kernel."""
+    """Measures line coverage in this kernel."""
 
     def __init__(self, inside, descriptor, settings):
-        """Prepare to measure. Raises the errors of an unsuitable coverage."""
+        """Prepare to measure. Raises any error of an unsupported version of coverage."""
         self.inside, self.descriptor = inside, descriptor
         self.coverage = importlib.import_module("coverage")
         self.folder = os.path.dirname(os.path.abspath(self.coverage.__file__))
@@ -165,7 +166,7 @@ class LineCoverage:
             self.call(self.measurement.start)
 
     def end_cell(self):
-        """Write the lines of the cell that ran, and note if it replaced the trace function."""
+        """Write the lines that the cell ran; report the cell if it replaced the trace function."""
         if self.traces and not self.replaced and not self.owns(sys.gettrace()):
             self.replaced = True
             self.put(replaced=self.inside.page.cell)
@@ -183,7 +184,7 @@ class LineCoverage:
     # --- rows -------------------------------------------------------------------------------------
 
     def save(self):
-        """Ask the writing thread to write the record so far, and wait until it has."""
+        """Ask the writing thread to write all recorded lines, and wait until it has."""
         if self.inside.child:
             return
         with self.changed:
@@ -193,7 +194,7 @@ class LineCoverage:
             self.changed.wait_for(lambda: self.answers >= number, WAIT_SECONDS)
 
     def write_forever(self):
-        """Write rows when asked to, and now and then while a cell runs."""
+        """Write rows on request, and at growing intervals while a cell runs."""
         # All rows come from this thread: two would write the same lines twice.
         pause = FIRST_SECONDS
         while True:

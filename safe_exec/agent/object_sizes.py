@@ -88,7 +88,7 @@ def module_name(kind):
 
 
 def rounded(size):
-    """Return the bytes that the allocator takes for an object of a size."""
+    """Round the size of an object up to the allocator's unit."""
     return (size + ALIGNMENT - 1) & -ALIGNMENT
 
 
@@ -157,7 +157,11 @@ class Residency:
 
 
 class Part:
-    """The weight of a sampled object, and the number of its own elements that may be sampled."""
+    """A sampled object.
+
+    ``weight`` is the number of objects that it stands for; ``allowance`` limits the number of its
+    elements that are sampled.
+    """
 
     __slots__ = ("allowance", "weight")
 
@@ -198,8 +202,8 @@ class Walk:
     def measure(self, thing, name=None):
         """Return the bytes that an object holds and that were not counted before.
 
-        Objects that are the value of another variable than ``name`` are left to that variable.
-        Raises OutOfTime; ``partial`` then holds the bytes so far.
+        An object that a variable other than ``name`` holds is counted for that variable. Raises
+        OutOfTime; ``partial`` then holds the bytes so far.
         """
         self.partial = 0.0
         self.object_bytes = 0
@@ -305,7 +309,7 @@ def choose_handler(kind, handlers):
 
 
 def evenly(total, most):
-    """Return the positions of the elements that are counted in place of a whole sequence."""
+    """Return at most ``most`` evenly spaced positions of a sequence of ``total`` elements."""
     return range(total) if total <= most else range(0, total, -(-total // most))
 
 
@@ -426,7 +430,7 @@ def count_buffer(walk, thing, part, _waiting):
 
 
 def count_mapping(_walk, _thing, _part, _waiting):
-    """Leave out a file in memory: the system can reclaim its pages."""
+    """Count nothing for a file mapped into memory: the system can reclaim its pages."""
 
 
 BUILT_IN = {

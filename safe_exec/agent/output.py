@@ -46,7 +46,7 @@ POLL_SHARE = 0.7
 
 
 def wiped_in_children():
-    """Return memory that holds 1, and 0 in every forked child.
+    """Return a memory map whose first byte is 1 here, and 0 in every forked child.
 
     Reading it takes a tenth of the time of getpid(2).
 
@@ -156,7 +156,7 @@ def quick_write(inside, stream, slow_write, ours):
     samples = 0
 
     def unread(start, gap, newline):
-        """Tell whether the pipe has data, and adapt the threshold to the time that this takes."""
+        """Tell whether the pipe has data; adapt the threshold to the time that this check takes."""
         nonlocal threshold, shortest_gap, shortest_poll, samples
         if stream._unread(0, 1):
             return True
@@ -214,7 +214,10 @@ def quick_write(inside, stream, slow_write, ours):
 
 
 def current(inside, parent):
-    """Tell whether a header belongs to the running cell; remembered, since every write asks."""
+    """Tell whether a message header belongs to the running cell.
+
+    The answer is cached, because every write asks.
+    """
     if inside.in_cell and parent.get("msg_id") == inside.msg_id:
         # Held, so that nothing else gets its id.
         inside.headers[id(parent)] = parent
@@ -330,7 +333,7 @@ def hand_over(inside, name, fd):
 
 
 def nothing_unread(_timeout, _most):
-    """Stand in for a stream without a pipe, or whose pipe can no longer be polled."""
+    """Report no events. Replaces ``poll`` for a stream without a pipe that can be polled."""
     return ()
 
 
@@ -350,7 +353,7 @@ def unread_of(fd):
 
 
 def settle_before_write(inside, stream):
-    """Forward the output of C code or a child on the descriptor first, to keep the order."""
+    """Before a write, forward the pending output of C code or a child, to keep the order."""
     if inside.page.pid == os.getpid() and stream.watch_fd_thread.is_alive():
         settle(inside, stream)
 
@@ -358,7 +361,7 @@ def settle_before_write(inside, stream):
 def settle(inside, stream):
     """Wait at most 0.2 s until the pipe's data is forwarded.
 
-    A child's last line belongs to its cell.
+    Otherwise the last line of a child could appear in the next cell.
     """
     fd = getattr(stream, "_fid", None)
     if fd is None or stream.watch_fd_thread.ident == _thread.get_ident():

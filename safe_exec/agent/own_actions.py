@@ -64,7 +64,10 @@ class OwnActions:
             self.tell(frame, action="signal", call=event, target=target, number=int(number))
 
     def target(self, event, process):
-        """Return the target of a call in one word; empty for any other process."""
+        """Return the target of a signal in one word: ``group``.
+
+        Returns an empty text for other processes.
+        """
         if event == "signal.pthread_kill":
             return "" if self.inside.child else "process"
         kernel = self.inside.page.pid

@@ -31,7 +31,7 @@ class Page:
         self.head()
 
     def head(self, line=0):
-        """Write the current position in one store: a reader hardly ever sees half of it."""
+        """Write the page's header in one store, so that a reader hardly ever sees half of it."""
         (out_w, out_c), (err_w, err_c) = self.fd_bytes
         layout.HEADER.pack_into(
             self.memory,
@@ -55,7 +55,7 @@ class Page:
     def finish(self):
         """Record that the cell's code is done and its reply not yet sent.
 
-        The line stays: effects of the cell may still end the process.
+        The record keeps the line, because effects of the cell may still end the process.
         """
         (line,) = struct.unpack_from("<I", self.memory, 16)
         self.note_line(line | layout.FINISHED)
@@ -68,9 +68,9 @@ class Page:
         struct.pack_into("<QQ", self.memory, 32 + 16 * stream, counts[0], counts[1])
 
     def text(self, stream, string):
-        """Journal a write of the current cell.
+        """Journal text that the current cell writes.
 
-        Tell whether a segment is full, so that streams need a flush.
+        Returns true if a segment is full, so that the streams need a flush.
         """
         # Character by character, so that counts hold.
         data = string.encode("utf-8", "replace")

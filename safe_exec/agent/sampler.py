@@ -64,10 +64,11 @@ def sample_forever(inside):
 
 
 def running(frame):
-    """Return the frame that ran until now: the caller's, if a function has only just been entered.
+    """Return the frame that has used the time so far.
 
-    Python hands over its lock at a function's first instruction, so the time and memory that a C
-    function of the caller took before the call would be charged to the function.
+    This is the caller's frame if a function has only just been entered. Python releases its lock at
+    a function's first instruction, so the time and memory of the caller's previous call of a C
+    function would otherwise be charged to the new function.
     """
     if frame is None or frame.f_back is None or frame.f_lineno != frame.f_code.co_firstlineno:
         return frame
@@ -80,7 +81,10 @@ def running(frame):
 
 
 def awaited(inside, cell):
-    """Return the stack of a cell that awaits something: the main thread has no frame of it then."""
+    """Return the stack of a suspended cell from its coroutines.
+
+    While a cell awaits something, the main thread has no frame of it.
+    """
     rows, depth = [], 0
     thing = inside.running[-1]() if inside.running else None
     while thing is not None and depth < 30:

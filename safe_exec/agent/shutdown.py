@@ -33,7 +33,7 @@ async def terminate_children(kernel):
 
 
 def patch_shutdown(inside):
-    """Remove the delays from the end of a kernel."""
+    """Remove the delays from the shutdown of a kernel."""
     from ipykernel.iostream import IOPubThread
     from ipykernel.kernelapp import IPKernelApp
     from ipykernel.kernelbase import Kernel

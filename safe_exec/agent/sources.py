@@ -123,7 +123,7 @@ def _next_common(bare, code, places, at, code_at):
 
 
 def _compressed(targets, offset):
-    """Return the line map for the text line indexes of all code lines."""
+    """Return the line map; ``targets`` has the index of the text line for each code line."""
     line_map = []
     for number, target in enumerate([*targets, None], 1):
         line = 0 if target is None else target + offset + 1

@@ -23,7 +23,10 @@ RETRY_SECONDS = 0.01
 
 
 class Direction:
-    """Bytes on their way from one socket to the other; no more is read until they are written."""
+    """One direction of a connection: copies bytes from one socket to the other.
+
+    It reads a chunk only after the previous one has been written.
+    """
 
     def __init__(self, source, target):
         self.source, self.target = source, target
@@ -31,7 +34,7 @@ class Direction:
         self.is_open = True
 
     def move(self):
-        """Read or write once."""
+        """Read a chunk, or write a part of the pending one."""
         if not self.waiting:
             try:
                 self.waiting = self.source.recv(CHUNK_BYTES)
@@ -126,7 +129,10 @@ def connected(port):
 
 
 def run_forwarder(listeners):
-    """Forward in a process that nobody waits for. Returns in the caller's process only."""
+    """Start a detached process that forwards the connections.
+
+    Returns only in the caller's process.
+    """
     kernel = os.pidfd_open(os.getpid())
     # Twice forked: a child of the kernel's process would show up in its `wait` and in its list of
     # children.

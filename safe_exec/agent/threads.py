@@ -66,7 +66,10 @@ class SignalStacks:
             self.spare.append(address)
 
     def take(self):
-        """Take our stack back for reuse when the thread ends; leave a library's own in place."""
+        """Take the ending thread's stack back for reuse.
+
+        A stack that a library has set stays in place.
+        """
         previous = StackT()
         self.change(self.nothing, previous)
         if previous.address in self.addresses:
@@ -75,7 +78,10 @@ class SignalStacks:
             self.change(previous, None)
 
     def make(self):
-        """Allocate a stack; ``None`` without memory, so that the thread can still start."""
+        """Allocate a stack.
+
+        Returns ``None`` if memory is short, so that the thread can still start.
+        """
         address = self.map(
             None,
             STACK_BYTES,

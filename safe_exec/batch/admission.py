@@ -23,7 +23,7 @@ START_BYTES = 512 << 20
 class Capacity(Struct, frozen=True, kw_only=True):
     """The number of notebooks at a time, and the memory for all of them together in bytes.
 
-    ``memory`` is ``None`` if it could not be measured; it is not considered then.
+    ``memory`` is ``None`` if it could not be measured; then only ``jobs`` counts.
     """
 
     jobs: int

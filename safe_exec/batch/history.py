@@ -25,7 +25,10 @@ _DAY = 86400.0
 
 
 class RunHistory(Struct, frozen=True, kw_only=True):
-    """The last run of a notebook: its duration, and the key of the last pass in ``passed``."""
+    """The last run of a notebook.
+
+    ``seconds`` is its duration, ``passed`` the key of the last pass.
+    """
 
     seconds: float | None = None
     passed: str | None = None

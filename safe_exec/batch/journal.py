@@ -82,7 +82,7 @@ class PreviousBatch(Struct, frozen=True, kw_only=True):
 
 
 class _Line(Struct, frozen=True, kw_only=True):
-    """The part of a line that tells its kind, and the facts of the start of a batch."""
+    """The fields that ``read`` needs of a line: its event, and the facts of a batch's start."""
 
     event: str
     path: str = ""
@@ -200,7 +200,7 @@ class Journal:
         self._put(_STARTED, {**facts, **place}, sync=False)
 
     def finished(self, record: JournalRecord, *, time: float | None = None) -> None:
-        """Record a notebook that finished at ``time`` [now]; the record is on disk on return."""
+        """Record a notebook that finished at ``time`` (default: now); it is on disk on return."""
         ended = _now() if time is None else time
         self._write(json_text.line(replace(record, time=ended)), sync=True)
 

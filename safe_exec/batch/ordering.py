@@ -1,8 +1,8 @@
 """Order the notebooks of a batch and divide them into shards.
 
-The longest notebooks start first: a long one that starts last would keep everybody waiting. Shards
-are divided by timings that all machines share (``--timings``), never by the history of one machine,
-because every shard has to compute the same division by itself.
+The longest notebooks start first, because a long one that starts last would prolong the batch.
+Shards are divided by timings that all machines share (``--timings``), never by the history of one
+machine, because every shard has to compute the same division by itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The queue of a batch: takes notebooks from the list, and records their results.
 
 A scheduler decides when and where they run: on this machine (``scheduler``) or on the workers of a
-cluster (``cluster.scheduler``). The order, the survey before a run, and the records are the same.
+cluster (``cluster.scheduler``). Both use the same order, the same checks before a run, and the same
+records.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ class Scheduler(NotebookQueue[QueuedNotebook]):
             queued.gate.refuse()
 
     def _record_result(self, future: asyncio.Future[JournalRecord | None]) -> None:
-        """Record the result of a notebook that ended, or that was refused at its gate."""
+        """Record the result of a notebook that ended or that was not allowed to start."""
         queued = self.running.pop(future, None) or self.ready.pop(future)
         record = future.result()
         # Without a record the gate was refused: nothing of the notebook ran.

@@ -75,9 +75,9 @@ def select(
     cwd: Path,
     out: Path,
 ) -> Selection:
-    """Select the notebooks that ``arguments`` and the lines of a list name, outside of ``out``.
+    """Select the notebooks that ``arguments`` and ``listed`` name, except those below ``out``.
 
-    ``listed`` comes from standard input. Raises UsageError for a missing file, for a pattern
+    ``listed`` has the lines of standard input. Raises UsageError for a missing file, for a pattern
     without a match, and if no argument names a notebook.
     """
     selection = _FileSet(cwd=cwd)
@@ -214,7 +214,7 @@ def _add_pattern(pattern: str, selection: _FileSet, out: Path) -> None:
 
 
 def _is_meant(file: Path, cwd: Path, out: Path) -> bool:
-    """Return whether a walk would have found a file that a pattern matched."""
+    """Return whether the search of a folder would also find a file that a pattern matched."""
     # If the batch runs inside its output directory, being in there says nothing about a file.
     real_out = os.path.realpath(out)
     inside = "" if Path(os.path.realpath(cwd)).is_relative_to(real_out) else real_out
@@ -245,7 +245,7 @@ def _walk(cwd: Path, folder: Path, out: Path) -> Iterator[Path]:
 
 
 def is_walked(path: str, name: str, out: str) -> bool:
-    """Return whether a walk enters a directory.
+    """Return whether the search for notebooks enters a directory.
 
     ``out`` is the real path of the output directory.
     """

@@ -45,7 +45,10 @@ OWN_TASKS = 64
 
 
 class SignalBroadcast:
-    """Passes the signals of the batch on to every running notebook, each on its own thread."""
+    """Passes the signals of the batch on to every running notebook.
+
+    Each notebook receives them on its own thread.
+    """
 
     def __init__(self) -> None:
         self.signals: list[int] = []
@@ -210,7 +213,7 @@ def _remember(
     inputs: Mapping[str, str | None],
     context: BatchContext,
 ) -> None:
-    """Store duration and fingerprint for later batches (``--only-changed`` and their order)."""
+    """Store duration and fingerprint, for the order and ``--only-changed`` of later batches."""
     passed: str | None = None
     # A flaky notebook is not skipped next time: its pass was luck.
     if record.status == Status.PASSED and not record.flaky:

@@ -1,4 +1,4 @@
-"""The end of the output of ``batch`` and ``merge``."""
+"""Print the last part of the output of ``batch`` and ``merge``."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def _headline(result: NotebookResult) -> str:
 def unused_inputs(batch: BatchResult) -> list[str]:
     """Return a note for each parameter and tag that no notebook of the batch has.
 
-    In a batch some notebooks lack a tag, so a single warning means little. One in all of them is a
-    misspelling, with which everything passes.
+    Some notebooks of a batch may lack a tag, so a warning from one of them means little. If all of
+    them warn, the name is misspelt, and the batch may still pass.
     """
     documents = [document for result in batch.results if (document := result.document())]
     warnings = [

@@ -1,4 +1,4 @@
-"""``safe-exec bisect``: continue a search for the culprits, or start one that ``run`` did not."""
+"""``safe-exec bisect``: continue a search for the culprits, or start one."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def _session(
 
 
 def _introduction(prepared: PreparedJob, target: DebugTarget) -> str:
-    """Return the next cell's source, which the user will want to run."""
+    """Return the introduction to the session, with the source of the next cell."""
     numbers = [n for n, cell in enumerate(prepared.node.cells) if cell.cell_type == "code"]
     following = next((n for n in numbers if n >= target.end), None)
     count = common.counted(len(target.cells), "cell")

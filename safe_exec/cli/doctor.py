@@ -48,7 +48,7 @@ class Diagnosis(Struct, frozen=True, kw_only=True):
 
     @property
     def weak(self) -> tuple[LimitName, ...]:
-        """The limits that the operating system could enforce, and does not on this machine."""
+        """The limits that an operating system can enforce, but this one does not."""
         return weak_limits(self.plan)
 
     @property

@@ -115,7 +115,7 @@ def _walls(
 
 
 def _word(value: object) -> str:
-    """Format a value as in a file."""
+    """Format a value as a limits file contains it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return single_line(", ".join(value)) if isinstance(value, list) else single_line(str(value))

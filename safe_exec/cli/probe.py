@@ -154,14 +154,14 @@ def command(
 
 
 def exit_code(report: ProbeReport) -> int:
-    """Return 0 for a bracket, 130 for an interrupted probe, else 1."""
+    """Return 0 if both sides of the limit were found, 130 if the probe was interrupted, else 1."""
     if report.bracket.ended is StopReason.CANCELLED:
         return CANCELLED
     return 0 if report.bracket.found else NOT_FOUND
 
 
 def parse_precision(text: str) -> float:
-    """Parse the share in ``5%``. Raises UsageError."""
+    """Parse a percentage such as ``5%`` into a share (0.05). Raises UsageError."""
     try:
         share = parse_percent(text)
     except UnitError as error:

@@ -162,7 +162,7 @@ def _side(label: str, text: str, style: Style) -> Iterator[str]:
 
 
 def _of_its_own(probe: ProbeReport, run: ProbeRun) -> bool:
-    """Return whether a run failed for a cause of the probed limit."""
+    """Return whether the probed limit caused a run's failure."""
     return run.cause is not None and run.cause.kind in probe.scale.causes
 
 

@@ -98,7 +98,7 @@ def masked(result: ReplayResult, mask: Mask) -> ReplayResult:
 
 
 def exit_code(result: ReplayResult) -> int:
-    """Return 0 if both outcomes agree."""
+    """Return 0 if both outcomes agree, 1 if they differ, and 130 if the rerun was stopped."""
     if result.rerun.status is Status.CANCELLED:
         return CANCELLED
     return 0 if result.agreement.same else DIFFERS

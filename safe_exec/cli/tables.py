@@ -88,6 +88,6 @@ def remedy(names: Sequence[str], reason: str, fixes: Sequence[Fix], style: Style
 
 
 def write(lines: Iterable[str], style: Style) -> None:
-    """Print the lines; ``style`` says what standard output can show."""
+    """Print the lines in the colours and characters that ``style`` allows for standard output."""
     sys.stdout.write("".join(f"{style.fit(line)}\n" for line in lines))
     sys.stdout.flush()

@@ -78,7 +78,7 @@ def _no_such_option(error: click.exceptions.NoSuchOption) -> str:
 
 
 def _other_command(option: str, command: str) -> str | None:
-    """Return ``run`` or ``batch`` if that is another command and has this option."""
+    """Return ``run`` or ``batch``, if that is another command and has this option."""
     for name in ("run", "batch"):
         parameters = import_module(f"safe_exec.cli.{name}").command.params
         if not command.endswith(f" {name}") and any(option in p.opts for p in parameters):

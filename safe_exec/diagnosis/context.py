@@ -112,16 +112,19 @@ OF_PROGRAMS = (
 
 
 def leaves_reason_to_output(context: Context) -> bool:
-    """Tell whether the cell's error says only that a program failed, which printed why."""
+    """Tell whether the cell's error says only that a program failed.
+
+    The reason is then in the output of that program.
+    """
     error = context.evidence.error
     return error is not None and (error.ename in OF_PROGRAMS or not context.is_python)
 
 
 def exit_facts(evidence: Evidence) -> tuple[Fact, ...]:
-    """Return the raw end of the process, the first evidence of every death.
+    """Return facts about the end of the process: its wait status, or why that is unknown.
 
-    Use it only for a kernel that died: after any other ending it is safe-exec's own shutdown, which
-    says nothing.
+    Use them only for a kernel that died. After any other ending safe-exec itself shut the kernel
+    down, so its status says nothing.
     """
     status = evidence.exit
     if status is None:

@@ -1,6 +1,7 @@
 """Finds the holders of memory in the kernel's censuses. Pure.
 
-The censuses are the kernel's word; the peak was measured outside and bounds them all.
+A census is the kernel's claim. The peak was measured from outside and is the upper bound for all of
+them.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _last(censuses: tuple[Census, ...]) -> Census:
 
 
 def _highest(censuses: tuple[Census, ...]) -> Census:
-    """Return the census with the most memory, for a run that passed and has released it since."""
+    """Return the census with the most memory: a run that passed has released memory since then."""
     return max(censuses, key=lambda census: (census.memory, census.total))
 
 
@@ -108,7 +109,8 @@ def _settled(censuses: tuple[Census, ...]) -> Census | None:
 def _native_bytes(censuses: tuple[Census, ...], most: int) -> int | None:
     """Return the memory outside of Python objects between two cells; ``None`` without a census.
 
-    A census that ran out of time is skipped, since the rest would count as native memory.
+    A census that ran out of time is skipped: the objects that it missed would count as native
+    memory.
     """
     finished = _settled(tuple(census for census in censuses if census.finished))
     return None if finished is None else min(max(0, finished.memory - finished.total), most)
@@ -249,7 +251,7 @@ def _line(sites: tuple[CensusSite, ...], size: int, numbers: Mapping[int, int]) 
 
 
 def in_notebook(use: MemoryUse, code_indexes: Sequence[int]) -> MemoryUse:
-    """Return a trial's memory use with the notebook's numbers of cells.
+    """Convert the cell numbers in a trial's memory use to those of the notebook.
 
     ``code_indexes`` are, in the order of the trial, the positions of its cells among the notebook's
     code cells.
@@ -288,7 +290,7 @@ def in_notebook(use: MemoryUse, code_indexes: Sequence[int]) -> MemoryUse:
 
 
 def better_use(first: MemoryUse | None, observed: MemoryUse | None) -> MemoryUse | None:
-    """Return the report that names the holders of more memory, of two on one failure.
+    """Of two reports on one failure, return the one whose named holders have more memory.
 
     The lines are those of the observed trial, which samples more often or records all allocations.
     """
@@ -311,6 +313,6 @@ def is_explained(use: MemoryUse) -> bool:
 
 
 def _named_share(use: MemoryUse) -> float:
-    """Return the share of the peak that holders with a name have."""
+    """Return the share of the peak that holders with a known name have."""
     named_bytes = sum(holder.bytes for holder in use.holders if holder.name is not None)
     return named_bytes / (use.peak_bytes or 1)

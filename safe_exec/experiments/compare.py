@@ -26,7 +26,8 @@ Value = str | int | float | None
 class Difference(Struct, frozen=True, kw_only=True):
     """One difference between the runs.
 
-    ``decides`` is true if it makes the failure a different one.
+    ``then`` is the value of the original run, ``here`` that of the rerun. ``decides`` is true if
+    the difference makes the failure another one.
     """
 
     # The field names are keys of the JSON output of `replay`.
@@ -140,7 +141,7 @@ def _same_line(original: Verdict, rerun: Verdict, *, whole_notebook: bool) -> bo
 def compares_peaks(original: Verdict, *, whole_notebook: bool) -> bool:
     """Tell whether the memory peaks are comparable.
 
-    A reproduction executes less, so its peak says something only if memory ran out.
+    A reproduction executes less, so its peak is comparable only if memory ran out.
     """
     return whole_notebook or (original.cause is not None and original.cause.kind in MEMORY)
 

@@ -94,7 +94,10 @@ def load(scratch: Path) -> RepositoryNotes | None:
 
 
 def _walk(root: Path, *, but: frozenset[Path]) -> Iterator[tuple[str, Mark]]:
-    """Yield every entry with its path below the root, parents first, without the files of tools."""
+    """Yield every entry with its path below the root, parents first.
+
+    Files of tools, such as git, and virtual environments are left out.
+    """
     todo = [root]
     while todo:
         directory = todo.pop()

@@ -90,10 +90,11 @@ class RerunOptions(Struct, frozen=True, kw_only=True):
 
 
 class RerunResult(Struct, frozen=True, kw_only=True):
-    """The result of one rerun. ``request`` is the request with the limits as the user knows them.
+    """The result of one rerun.
 
-    ``cut``: the run exceeded its time budget. ``slow``: it exceeded its deadline. ``seconds`` is
-    wall time including the start of the kernel.
+    ``request`` has the limits that the user would set for this run. ``cut``: the run exceeded its
+    time budget. ``slow``: it exceeded its deadline. ``seconds`` is wall time including the start of
+    the kernel.
     """
 
     # The request with the limits as the user knows them.

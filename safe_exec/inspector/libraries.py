@@ -25,9 +25,10 @@ _NORMAL = re.compile(r"[-_.]+")
 
 
 class Loaded(NamedTuple):
-    """A part of a library in memory.
+    """A memory mapping of a part of a library.
 
-    ``base`` is the address at which the library begins, ``offset`` the part's place in the file.
+    The part lies between the addresses ``low`` and ``high``, and at ``offset`` in the file.
+    ``base`` is the address at which the library begins.
     """
 
     low: int
@@ -47,7 +48,7 @@ class Libraries:
         self._versions: dict[str, str | None] = {}
 
     def locate(self, address: int) -> dict[str, str | int | None]:
-        """Return ``library``, ``version`` and ``offset`` of an address, without unknown values."""
+        """Return ``library``, ``version`` and ``offset`` of an address, if they are known."""
         part = self._part(address)
         if part is None:
             return {}
@@ -77,10 +78,10 @@ class Libraries:
         return None
 
     def caller_at(self, address: int) -> str | None:
-        """Return the function that made a call; ``None`` if the return address lies in it.
+        """Return the function that made a call, if the return address lies behind its end.
 
         A call that never returns may be a function's last instruction. Its return address then lies
-        in the next function, whose name unwinders give to the frame.
+        in the next function, and unwinders give the frame the name of that one.
         """
         part = self._part(address)
         if part is None or os.stat(self._root + part.path).st_size > SMALL_LIBRARY_BYTES:
@@ -94,7 +95,7 @@ class Libraries:
 
 
 def parse(maps: str) -> list[Loaded]:
-    """Return the parts of files in the text of /proc/PID/maps, in the order of their addresses."""
+    """Parse /proc/PID/maps; return the mapped parts of files, in the order of their addresses."""
     parts: list[Loaded] = []
     bases: dict[str, int] = {}
     for line in maps.splitlines():

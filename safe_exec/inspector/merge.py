@@ -17,7 +17,10 @@ class Entry(NamedTuple):
 
 
 class CodeFrame(NamedTuple):
-    """A Python frame; ``is_entry`` if the loop that runs it was entered for it."""
+    """A Python frame.
+
+    ``is_entry`` is true if a loop of the interpreter was started for this frame.
+    """
 
     is_entry: bool
     frame: dict[str, Any]
@@ -26,9 +29,9 @@ class CodeFrame(NamedTuple):
 def merge(native: Sequence[Entry], python: Sequence[CodeFrame]) -> list[dict[str, Any]]:
     """Merge the native stack and the Python stack into one; all three are innermost first.
 
-    In a native stack each call of the interpreter's loop (``EVAL``) stands for the Python frames
-    that it runs: from Python 3.11 on several, the last of which is its entry frame. They take its
-    place. C functions that the innermost loop called are all kept, because the fault is among them;
+    In the native stack, the Python frames that a loop of the interpreter runs replace the loop
+    (``EVAL``). From Python 3.11 on, a loop may run several frames; the last of them is its entry
+    frame. All C functions that the innermost loop called are kept, because the fault is among them;
     further out the interpreter's helpers are left out. If the number of loops differs from that of
     the entry frames (a corrupted heap, an interpreter without symbols), all Python frames follow
     the innermost C functions.

@@ -64,7 +64,7 @@ class DebugTarget(Struct, frozen=True, kw_only=True):
 
 
 class NotReached(Exception):  # noqa: N818 - an outcome, which the command reports
-    """The notebook failed before the place where it was to be handed over."""
+    """The notebook failed before the cell at which its kernel was to be handed over."""
 
     def __init__(self, result: TrialResult) -> None:
         super().__init__(repr(result.ending))

@@ -69,7 +69,7 @@ class Front:
     """The public sockets. ``on_message`` gets each valid message with its channel and client.
 
     While ``paused`` returns true for shell, control or stdin, messages stay in the client's socket;
-    ``resume`` takes them.
+    ``resume`` reads them.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Front:
             self._on_message(name, peer, message)
 
     def resume(self) -> None:
-        """Take the messages that arrived during a pause."""
+        """Read the messages that arrived during a pause."""
         # Control first: an interrupt or a shutdown must not queue behind cells.
         for name in ("control", "stdin", "shell"):
             for peer in tuple(self._listeners[name].peers.values()):

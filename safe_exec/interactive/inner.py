@@ -174,7 +174,7 @@ class Inner(Trial):
         return any(link.unsent for link in self._links.values())
 
     def resume(self) -> None:
-        """Take the kernel messages that waited until clients had room."""
+        """Read the kernel's messages that had to wait for room in the clients' queues."""
         for name in self._links:
             self._take(name)
 
@@ -271,7 +271,7 @@ class Inner(Trial):
     def admit(self, message: Message) -> list[bytes] | None:
         """Count an iopub message of the running cell.
 
-        Return its frames, or ``None`` beyond the cap.
+        Returns its frames, or ``None`` if the cell has exceeded its output limit.
         """
         accounts, kind = self.client.accounts, message.kind
         if kind not in OUTPUTS:
@@ -298,9 +298,9 @@ class Inner(Trial):
         return None
 
     def cut_mark(self) -> str | None:
-        """Return the text that replaces the cut output.
+        """Return the text that replaces the omitted output.
 
-        ``None`` after the first call for a cell.
+        Returns ``None`` after the first call for a cell.
         """
         if self._cut:
             return None
@@ -442,7 +442,7 @@ def start_error(ending: Ending) -> SafeExecError:
 
 
 def _tail(output: Any) -> Any:
-    """Shorten a text output to its end; no rule reads more of an earlier cell."""
+    """Shorten a text output to its last characters; no rule reads more of an earlier cell."""
     if output.get("output_type") == "stream":
         output.text = output.text[-LAST_TEXT_CHARACTERS:]
     return output

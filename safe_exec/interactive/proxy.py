@@ -45,7 +45,7 @@ STALL_LOOK_SECONDS = 0.05
 
 
 class OnDeath(StrEnum):
-    """The proxy's next step after it has explained a death."""
+    """The action of the proxy after it has explained a death."""
 
     EXIT = "exit"
     RESTART = "restart"
@@ -581,7 +581,7 @@ def _idle_death(verdict: Verdict) -> str:
 
 
 def _lost_reply(waiting: Waiting) -> dict[str, Any]:
-    """Return the missing reply to a cell that ended; its output tells whether it failed."""
+    """Return a reply for a cell that ended without one; its output shows whether it failed."""
     content: dict[str, Any] = {"execution_count": waiting.execution_count}
     if waiting.has_failed:
         return content | {"status": "error", "ename": "", "evalue": "", "traceback": []}

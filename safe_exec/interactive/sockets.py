@@ -69,7 +69,10 @@ class Peer:
 
 
 class Listener:
-    """One listening socket. ``on_arrival`` gets each client that sent something or has ended."""
+    """One listening socket.
+
+    ``on_arrival`` is called with each client that sent something or has ended.
+    """
 
     def __init__(self, sock: socket.socket, kind: str, on_arrival: Callable[[Peer], None]) -> None:
         self._socket = sock

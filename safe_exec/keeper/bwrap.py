@@ -44,7 +44,7 @@ BOOT = (
 
 
 class ChildEnds(NamedTuple):
-    """Descriptors for the keeper's child: stderr, the pipe for its error, and the kernel's."""
+    """Descriptors for the keeper's child: stderr, the pipe for its error, those of the kernel."""
 
     stderr: int
     error: int
@@ -63,9 +63,9 @@ class KernelEnding(NamedTuple):
 class Bubblewrap:
     """One bubblewrap with its init and its kernel, by their process ids outside of the sandbox.
 
-    ``sockets`` is a descriptor of the directory of the kernel's sockets, ``discarded`` those of the
-    places whose files disappear with the sandbox. ``is_closed`` is true once nobody can send a
-    message any more.
+    ``sockets`` is a descriptor of the directory of the kernel's sockets. ``discarded`` are
+    descriptors of the directories whose files disappear with the sandbox. ``is_closed`` is true
+    once nobody can send a message any more.
     """
 
     def __init__(self, setup: BwrapSetup) -> None:
@@ -282,7 +282,10 @@ def _mount_overlay(folder: Path, base: Path, disk: LimitedDisk) -> bool:
 
 
 def changed_files(base: str) -> str:
-    """Return the directory with the files that a run changed; a copy has all other files too."""
+    """Return the directory with the files that a run changed.
+
+    If the folder was copied, the directory has all other files too.
+    """
     upper = os.path.join(base, "upper")
     return upper if os.path.isdir(upper) else os.path.join(base, "folder")
 

@@ -30,7 +30,7 @@ ROOM = 64
 class LandlockRules:
     """Paths that stay readable and writable.
 
-    ``tcp`` false refuses TCP, ``None`` leaves it alone.
+    ``tcp`` is false to refuse TCP, and ``None`` not to restrict it.
     """
 
     readable: tuple[str, ...]

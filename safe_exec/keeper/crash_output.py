@@ -74,7 +74,7 @@ class CrashOutput:
         return stderr, fault
 
     def sources(self) -> tuple[int, ...]:
-        """Return the descriptors to read: stderr, and the fault socket of a process not held."""
+        """Return the descriptors to read: stderr, and the fault socket if no process is held."""
         fault = self._fault.fileno() if self._fault and self._hold is None else -1
         return tuple(fd for fd in (self._stderr, fault) if fd >= 0)
 
@@ -188,7 +188,7 @@ class CrashOutput:
             self._kernel_end = None
 
     def _read_following(self) -> bytes:
-        """Read the pieces that follow closely, up to a fatal report that was not inspected."""
+        """Read the pieces that follow at once, up to a fatal report without ``_inspect``."""
         # The handler writes a few dozen bytes and waits until they are read. Telling the runner of
         # each write, and checking the memory in between, took longer than the rest of a death.
         assert self._fault is not None

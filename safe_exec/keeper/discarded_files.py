@@ -70,16 +70,17 @@ HOME_DOWNLOADS = (
 
 
 def is_passing_name(name: str, *, is_directory: bool) -> bool:
-    """Whether an entry of this name is a cache, a lock or the like in any directory."""
+    """Whether a name is that of a cache, a lock or a similar file in any directory."""
     return name.endswith(TEMPORARY_ENDS) or (
         is_directory and ("cache" in name.lower() or name == ".ipynb_checkpoints")
     )
 
 
 def is_passing_at_top(kind: str, name: str, mode: int, *, mode_tells: bool) -> bool:
-    """Whether an entry directly below a place, with all its content, is left there by programs.
+    """Whether a program, not the notebook's own code, left an entry directly below a place.
 
-    ``mode_tells`` is true if the umask would have let others read a file of ``open``.
+    ``mode_tells`` is true if the umask lets others read files made by ``open``, so that a private
+    mode is significant.
     """
     if kind == HOME:
         return name.startswith(".") or name in HOME_DOWNLOADS
@@ -160,9 +161,8 @@ class Listing:
     ) -> Iterator[tuple[str, os.stat_result]]:
         """Yield the regular files with their path below ``root``.
 
-        Each directory's files come before those of its directories.
-
-        Other file systems below it are left out.
+        Each directory's files come before those of its subdirectories. Other file systems below
+        ``root`` are left out.
         """
         device = os.fstat(root).st_dev
         todo = [("", os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root))]

@@ -226,7 +226,7 @@ class ConcurrentChanges:
         return self._copies is not None and self._copies.get(name) == fingerprint(path, status)
 
     def is_as_copied(self, name: str, status: os.stat_result) -> bool:
-        """Whether the program left this file of the copy unchanged; false for a layer."""
+        """Whether the program left this file of the copy unchanged; false if there is no copy."""
         return self.is_untouched(name, Path(name), status)
 
     def is_new(self, name: str) -> bool:
@@ -236,7 +236,7 @@ class ConcurrentChanges:
     def changed(self, name: str, path: Path, status: os.stat_result) -> bool:
         """Whether others changed this entry of the folder.
 
-        A directory's entries count on their own.
+        Changes inside a directory do not count as changes of the directory.
         """
         if stat.S_ISDIR(status.st_mode):
             return self._copies is not None and self._copies.get(name, (0,))[0] != stat.S_IFDIR

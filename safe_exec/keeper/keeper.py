@@ -103,7 +103,7 @@ class Keeper:
         self.send(protocol.Fault(text=text, at=time.monotonic()))
 
     def send_dying(self, thread: FaultingThread) -> None:
-        """Report a fatal fault whose process is held."""
+        """Report that a fatal fault has begun, and that the keeper holds the process."""
         self.send(
             protocol.Dying(
                 task=thread.task,
@@ -308,7 +308,7 @@ class Keeper:
     def start(self, plan: Spawn) -> None:
         """Build the sandbox and start the kernel, or report the step that failed.
 
-        The runner ends us then.
+        After a failure the runner ends this keeper.
         """
         self.plan = plan
         try:
@@ -323,7 +323,7 @@ class Keeper:
     def kill(self, reason: str) -> None:
         """Record the reason, then kill the process tree.
 
-        A kernel that is dead keeps its own ending.
+        If the kernel is dead already, no reason is recorded.
         """
         if self.reason is None and not self.exited:
             self.reason = reason
@@ -391,7 +391,7 @@ class Keeper:
         self.reap()
 
     def reap(self) -> bool:
-        """Reap dead children, adopted ones too; true if any child remains, dead or alive."""
+        """Reap dead children, adopted ones too; return true if any child remains, dead or alive."""
         self.note_signal_handlers()
         while True:
             try:
@@ -534,7 +534,7 @@ class Keeper:
         self.send(protocol.Trouble(message=message))
 
     def shutdown(self) -> None:
-        """Kill all processes, remove everything that we made, and report the remains."""
+        """Kill all processes, remove all files and cgroups, and report those that remain."""
         if self.reason is None and not self.exited:
             self.reason = "shutdown"
         surviving_pids = self.kill_tree()
@@ -592,7 +592,7 @@ def _run_child(
 
 
 def _allow_tracer(pid: int) -> None:
-    """Let a process and its descendants read the memory of this one, also under Yama."""
+    """Let a process and its descendants read the memory of this one, even under Yama."""
     # Under Yama a process is traced by its ancestors only (ptrace_scope 1), unless it names
     # another. The relation survives execve(2), but a fork has none: inside bubblewrap the owner of
     # its user namespace may trace (Documentation/admin-guide/LSM/Yama.rst, user_namespaces(7)).

@@ -144,7 +144,7 @@ def overlays(lower: Path, scratch: Path, way: str) -> bool:
 def _works(way: str, mounts: list[dict[str, str]]) -> bool:
     """Tell whether the mounts succeed.
 
-    Tried in a process of its own, which keeps its new namespace.
+    They are tried in a separate process, because a process cannot leave its new namespace.
     """
     if sys.platform != "linux" or (way == "root" and os.geteuid() != 0):
         return False

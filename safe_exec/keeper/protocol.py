@@ -51,8 +51,8 @@ HOME, TMP, SHM, FOLDER = "home", "tmp", "shm", "folder"
 class DiscardedPlace(NamedTuple):
     """A directory whose files disappear with the sandbox, to be listed before they do.
 
-    ``name`` is the user's name for ``path``, ``kind`` one of the four above. ``skip`` are paths
-    below it that do not belong to the notebook: mount points.
+    ``name`` is the user's name for ``path``, ``kind`` is HOME, TMP, SHM or FOLDER. ``skip`` are
+    paths below it that do not belong to the notebook: mount points.
     """
 
     name: str
@@ -127,7 +127,7 @@ class ProcessAtFault(NamedTuple):
 
 
 class DiscardedGroup(NamedTuple):
-    """Files that disappeared with the sandbox: one, or all below one directory."""
+    """Files that disappeared with the sandbox: a single one, or all below one directory."""
 
     place: str
     name: str
@@ -225,14 +225,17 @@ class Ready(NamedTuple):
 class Spawned(NamedTuple):
     """The kernel was executed.
 
-    From inside bubblewrap a descriptor of its sockets' directory comes along.
+    With bubblewrap, a descriptor of the sockets' directory inside it is attached.
     """
 
     pid: int
 
 
 class Failed(NamedTuple):
-    """The kernel was not started; ``command_failed`` if its own command is to blame."""
+    """The kernel was not started.
+
+    ``command_failed`` is true if the kernel's own command is to blame.
+    """
 
     message: str
     command_failed: bool
@@ -390,7 +393,7 @@ def decode(line: bytes, kinds: Mapping[str, type[_Message]]) -> _Message:
 
 
 def as_plain(value: Any) -> Any:
-    """Return lists, dictionaries and scalars for a message or a part of one."""
+    """Convert a message, or a part of one, to lists, dictionaries and scalars."""
     if hasattr(value, "_fields"):
         return {name: as_plain(getattr(value, name)) for name in value._fields}
     if isinstance(value, list | tuple):

@@ -195,7 +195,11 @@ def _what_is_awaited(rows: list[tuple[str, int, str, int]]) -> str:
 def _samples(
     subject: ObservedKernel, start_age: float
 ) -> tuple[tuple[float, ...], int | None, bool | None]:
-    """Return the sampling thread's waits, the number of positions, and whether it never ran."""
+    """Return the sampling thread's waits for the interpreter lock, in seconds.
+
+    The second value is the number of places where it found the main thread, the third is true if it
+    has had no processor or lock for a while.
+    """
     # The sampling thread needs the GIL for each sample. If it has not run for a while, other code
     # held the GIL.
     if subject.page is None or not subject.page.alive:

@@ -47,7 +47,7 @@ Rows = list[tuple[str, int, str, int]]
 
 
 class ReportedErrors(Struct, frozen=True, kw_only=True):
-    """The exceptions that a cell ended with; ``search`` is PATH as the cell left it."""
+    """The exceptions that a cell ended with; ``search`` is PATH at the end of the cell."""
 
     errors: tuple[Raised, ...] = ()
     cwd: str | None = None
@@ -234,7 +234,7 @@ class AgentFacts:
     # --- the pipes behind descriptors 1 and 2 -----------------------------------------------------
 
     def residue(self, recorded_bytes: Callable[[str], int]) -> dict[str, str]:
-        """Return by stream the output of a dead kernel's C code that is still in the pipes.
+        """Return, by stream, the output of a dead kernel's C code that is still in the pipes.
 
         ``recorded_bytes`` returns the number of a stream's bytes that are in the outputs already.
         """

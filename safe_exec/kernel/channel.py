@@ -305,7 +305,7 @@ def _cost(part: bytes) -> int:
 
 
 def _cost_of_structure(part: bytes) -> int:
-    """Return that bound for the part of a JSON text outside of its strings."""
+    """Return an upper bound as ``_cost`` does, but without the characters inside strings."""
     # An HTML or SVG output has many brackets and commas within a text, where they cost one byte.
     plain = part.replace(b"\\\\", b"").replace(b'\\"', b"")
     texts = plain.count(b'"') // 2

@@ -97,7 +97,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
     # --- death ------------------------------------------------------------------------------------
 
     async def _fail_after_death(self) -> None:
-        """Wait for the death, read the remaining messages, then end the wait for a reply."""
+        """Wait for the kernel's death, read its last messages, then end the wait for a reply."""
         # nbclient polls once per second and cancels the output task without draining iopub, which
         # loses the last outputs of the dying cell.
         await self.died.wait()
@@ -136,7 +136,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         self._death_watch = asyncio.create_task(self._fail_after_death())
 
     def stop_listening(self) -> None:
-        """Stop waiting for the death. Can be called again."""
+        """Stop watching for the kernel's death. Can be called again."""
         if self._death_watch is not None:
             self._death_watch.cancel()
 
@@ -264,9 +264,9 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         return note is None or self.previous_cell is None or note.cell != self.previous_cell
 
     def _at_work(self, claim: str) -> bool:
-        """Whether the cell still runs, as the agent says, despite a message's claim.
+        """Whether the agent reports that the cell still runs, although a message claims its end.
 
-        Record the claim.
+        If so, records the claim as not believed.
         """
         note = self.note()
         if note is None or note.finished:

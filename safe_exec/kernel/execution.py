@@ -15,9 +15,9 @@ FIRST_YEAR = 1000
 class Execution:
     """The state of one request.
 
-    ``is_accepted`` is true once its reply is believed, ``is_idle`` once its output has ended.
-    ``begins_until`` is the moment (``time.monotonic``) until which the kernel should have begun the
-    cell.
+    ``is_accepted`` is true once its reply has been confirmed, ``is_idle`` once its output has
+    ended. ``begins_until`` is the moment (``time.monotonic``) until which the kernel should have
+    begun the cell.
     """
 
     def __init__(self, *, msg_id: str, cell: Any, index: int, count: int) -> None:

@@ -139,8 +139,8 @@ def polled_lock(kernel: int, others: Iterable[int]) -> ObservedLock | None:
 def named_lock(text: str, source: str, kernel: int, others: Iterable[int]) -> ObservedLock | None:
     """Return the lock that an error is about: on a file that it names, or on a database.
 
-    An error that speaks of a lock and names no file is about one that the cells' ``source`` names.
-    ``None`` if the error's words are not those of a refused lock, or nobody holds one.
+    If the error mentions a lock, the files that ``source``, the code of the cells, names count too.
+    ``None`` if the error does not read like a refused lock, or nobody holds one.
 
     ``others`` are the sandbox's other processes; they come first, since a child may have inherited
     the kernel's open file. A holder outside the sandbox is found by the file's inode.
@@ -216,8 +216,8 @@ def _lock(path: str, kind: str, holder: int | None, kernel: int) -> ObservedLock
 def _inode_of(kernel: int, name: str) -> int | None:
     """Return the inode of a file in a kernel's working directory.
 
-    Other directories are left alone: the kernel chooses the links on the way, and a lookup may not
-    come back.
+    Files in other directories are not looked up: the kernel chooses the links on the way, and a
+    lookup might block forever.
     """
     folder, base = os.path.split(name)
     try:

@@ -1,6 +1,6 @@
 """The runner's end of the channel to the processes that the agent forks from a kernel.
 
-All its messages are claims, since code of the notebook runs in those processes. Answers only say
+All its messages are claims, since code of the notebook runs in those processes. They decide only
 which trial the culprit search runs next.
 """
 

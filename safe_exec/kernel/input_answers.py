@@ -11,7 +11,7 @@ END_OF_INPUT = "\x04"
 
 
 class InputAnswers:
-    """The lines that are left. ``requests`` counts the questions of the kernel so far."""
+    """Hands out the lines in order. ``requests`` counts the kernel's requests so far."""
 
     def __init__(self, lines: Sequence[str]) -> None:
         self._lines = tuple(lines)
@@ -19,11 +19,11 @@ class InputAnswers:
 
     @property
     def missing(self) -> int:
-        """The number of questions for which no line was left."""
+        """The number of requests for which no line was left."""
         return max(0, self.requests - len(self._lines))
 
     def next_answer(self) -> str:
-        """Return the next line, or the end of the input."""
+        """Return the next line, or the character for the end of the input if none is left."""
         number, self.requests = self.requests, self.requests + 1
         return self._lines[number] if number < len(self._lines) else END_OF_INPUT
 

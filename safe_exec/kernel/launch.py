@@ -43,7 +43,7 @@ MESSAGE_SLACK = 1 << 20
 
 
 class AgentChannels:
-    """The page and both ends of the facts socket of one kernel."""
+    """The shared page and both ends of the facts socket of one kernel."""
 
     def __init__(self) -> None:
         """Create both. Raises SandboxError if the system cannot make the page."""
@@ -138,7 +138,7 @@ class LaunchedKernel(Struct, frozen=True, kw_only=True):
 
 
 class Launch(Struct, frozen=True, kw_only=True):
-    """The parameters of a start.
+    """The parameters of a kernel's start.
 
     An interactive kernel has the ``key`` of its client's connection file, and the client's
     ``arguments`` after its command. With ``strict_shell`` a failing ``!command`` raises.

@@ -42,7 +42,7 @@ def checked(kind: str, content: dict[str, Any]) -> list[str]:
 
 
 def mended_reply(content: dict[str, Any]) -> dict[str, Any]:
-    """Return a reply to a cell with the right types.
+    """Return a cell's reply, with every field of the right type.
 
     A reply that reports neither success nor an error becomes an error.
     """

@@ -59,7 +59,7 @@ class PrestartedKernel:
         strict_shell: bool = False,
         coverage: CoverageFile | None = None,
     ) -> None:
-        """Start the kernel without waiting for it, unless ``find_spec`` returns ``None``.
+        """Start the kernel without waiting for it; do nothing if ``find_spec`` does not support it.
 
         If the start fails, ``outcome`` raises the error, not this.
         """

@@ -63,7 +63,7 @@ class ProcessChanges:
             self.note()
 
     def note(self) -> None:
-        """Record the state."""
+        """Record the current limits and program of the process."""
         self._noted = time.monotonic()
         status = procfs.stat(self._pid)
         if status is None:

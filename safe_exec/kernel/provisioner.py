@@ -305,7 +305,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         return -ended.status.signal if ended.status.signal is not None else ended.status.exit_code
 
     async def wait(self) -> int | None:
-        """Wait for the kernel process to end."""
+        """Wait for the kernel process to end; return its return code."""
         # Poll the keeper: other tools may run event loops that do not support add_reader.
         while (code := await self.poll()) is None:  # noqa: ASYNC110
             await asyncio.sleep(0.01)

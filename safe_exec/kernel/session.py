@@ -106,9 +106,9 @@ class SessionRequest(Struct, frozen=True, kw_only=True):
 
     ``on_limit`` is called on a watchdog's thread. ``answers`` reply to `input()`; without them a
     headless kernel declines to ask. With ``reads_native`` the native stack is read at a fatal
-    fault, with ``with_locals`` its variables too. ``allocations`` only in a trial that looks for
-    the holders of memory, ``forks`` only for a kernel that answers the culprit search in forks. An
-    interactive kernel has the ``key`` of its client's connection file, and the client's
+    fault, with ``with_locals`` its variables too. ``allocations`` is set only in a trial that looks
+    for the holders of memory, ``forks`` only for a kernel that answers the culprit search in forks.
+    An interactive kernel has the ``key`` of its client's connection file, and the client's
     ``arguments`` after its command.
     """
 
@@ -153,7 +153,7 @@ async def open_session(
     """Start the kernel process in its sandbox, or take over the ``launched`` one.
 
     Raises KernelStartError if the kernel is not installed or its command cannot be executed,
-    SandboxError if the sandbox cannot be built. The sandbox stays the caller's until this returns.
+    SandboxError if the sandbox cannot be built. After an error the caller has to close the sandbox.
     """
     if launched is None and (spec := find_spec(request.kernel_name)) is not None:
         launch_request = Launch(
@@ -323,7 +323,7 @@ class KernelSession:
         self.late_text = LateText(self.client)
 
     def _watch(self) -> None:
-        """Watch for the death and for facts on the event loop."""
+        """Watch, on the event loop, for the kernel's death and for the agent's facts."""
         loop = asyncio.get_running_loop()
         self.sandbox.on_exit = self._on_exit
         if self.reads_native:
@@ -468,7 +468,10 @@ class KernelSession:
             attempt.cancel()
 
     def _largest(self) -> int | None:
-        """Return the largest accepted message; a larger one could not be stored."""
+        """Return the size in bytes of the largest accepted message; ``None`` if there is no bound.
+
+        A larger message could not be stored.
+        """
         return None if self.limits.cell_output is None else self.limits.cell_output + MESSAGE_SLACK
 
     async def _request_kernel_info(self, kc: Any) -> dict[str, Any] | None:

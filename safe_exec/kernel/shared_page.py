@@ -97,7 +97,7 @@ class Page:
     def request_stacks(self, enabled: bool) -> None:
         """Ask the sampling thread for the stacks of all threads, or withdraw the request.
 
-        It answers like the fault handler.
+        The thread writes them where the fault handler does.
         """
         self._memory[layout.REQUEST_AT] = int(enabled)
 

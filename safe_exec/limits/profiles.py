@@ -341,7 +341,7 @@ class _Stack:
         self.warnings: list[str] = []
 
     def lay(self, layer: Layer, *, refuse: str = "") -> None:
-        """Put ``layer`` on top. With ``refuse``, a reason, its values may only tighten."""
+        """Put ``layer`` on top. If ``refuse`` gives a reason, its values may only tighten."""
         ignored: list[str] = []
         previous = self.limits
         if refuse:

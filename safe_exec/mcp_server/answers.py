@@ -83,7 +83,10 @@ class Explanation:
 
 @dataclass(frozen=True, kw_only=True)
 class CellResult:
-    """The result of one cell in the sandbox; ``output`` is its text, with other types named."""
+    """The result of one cell in the sandbox.
+
+    ``output`` is its text, with a placeholder for each output of another type.
+    """
 
     status: Literal["ok", "error", "not_run"]
     output: str

@@ -152,7 +152,10 @@ class Channel(StrEnum):
 
 
 class OutputBurst(Struct, frozen=True, kw_only=True):
-    """Text of one channel that arrived without a pause; ``age`` counts from its last part."""
+    """Text of one channel that arrived without a pause.
+
+    ``age`` is the time from its last part to the end, in seconds.
+    """
 
     channel: Channel
     text: str
@@ -296,7 +299,7 @@ class ProcessCount(Struct, frozen=True, kw_only=True):
 
     @property
     def full(self) -> bool:
-        """Whether the limit is used up, and a process was refused if refusals are counted."""
+        """Whether the limit is used up and, if refusals are counted, a process was refused."""
         tasks, allowed = self.of_user or (self.tasks, self.allowed)
         return tasks >= allowed and self.refused != 0
 

@@ -111,7 +111,7 @@ class FolderUse(StrEnum):
 class RepositoryUse(StrEnum):
     """The access to the repository around the folder.
 
-    ``closed``: it is as accessible as other places, and no more.
+    ``closed``: no special access; it is as accessible as any other place.
     """
 
     WRITE = "write"

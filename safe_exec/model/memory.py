@@ -103,10 +103,10 @@ class AllocationLine(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class MemoryUse(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The holders of memory in a run that came near its limit, the largest first.
 
-    ``peak_bytes`` was measured outside. ``attributed_bytes`` is the part of the holders,
-    ``native_bytes`` the part of the kernel process that no Python object held; the rest of the peak
-    is not attributed. ``complete``: no figure is an estimate. ``recording_error``: the reason if
-    memray's recording failed, so that the lines come from samples.
+    ``peak_bytes`` was measured outside. ``attributed_bytes`` is the sum over the holders,
+    ``native_bytes`` the memory of the kernel process that no Python object held; the rest of the
+    peak is not attributed. ``complete``: no figure is an estimate. ``recording_error``: the reason
+    if memray's recording failed, so that the lines come from samples.
     """
 
     peak_bytes: Count | None

@@ -449,7 +449,8 @@ class Verdict(
     def each_failure(self) -> tuple[Verdict, ...]:
         """Return one verdict for each failure, as if it had been the only one.
 
-        Reports describe all failures in this way. Without ``--keep-going`` that is the verdict.
+        Reports describe all failures in this way. Without ``--keep-going`` the verdict itself is
+        the only one.
         """
         return tuple(
             replace(

@@ -1,4 +1,4 @@
-"""Outputs of a run against those stored in the notebook, by nbval's rules.
+"""Compares the outputs of a run with those stored in the notebook, by nbval's rules.
 
 Outputs are compared by kind: each MIME type and each stream has a list of texts, whose order
 counts. Metadata, execution counts, tracebacks and the ids of widgets are left out.
@@ -100,7 +100,7 @@ class Difference(Struct, frozen=True, kw_only=True):
 def markers(cell: Any) -> Markers:
     """Return the options of a cell.
 
-    A comment overrides a tag, and the last of several the others.
+    A comment overrides a tag, and a later comment or tag overrides an earlier one.
     """
     options: dict[str, bool] = {}
     tags = cell.metadata.get("tags", ())

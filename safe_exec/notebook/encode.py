@@ -401,7 +401,10 @@ def _divided(part: str) -> list[str]:
 
 
 def _slices(parts: list[str]) -> Iterator[str]:
-    """Yield the text in small, non-empty parts that do not end in a line end or surrogate pair."""
+    """Yield the text in small, non-empty parts.
+
+    A part never ends inside of CR LF or of a surrogate pair.
+    """
     carry = ""
     for part in parts:
         # Small pieces bound the memory, whatever the size of an output.

@@ -149,7 +149,7 @@ def _by_name(path: Path) -> tuple[str, str] | None:
 
 
 def _by_source(data: bytes) -> tuple[str, str] | None:
-    """Recognise Python source with the name of a notebook."""
+    """Recognise Python source in a file that is named like a notebook."""
     try:
         # Parsing a huge file could take long and much memory.
         tree = ast.parse(data) if len(data) <= _LARGEST_SOURCE else None

@@ -13,7 +13,7 @@ PREFERRED = ("python3", "ir", "bash")
 
 
 class KernelFallback(StrEnum):
-    """Whether another kernel of the language may run a notebook whose own is not installed."""
+    """Whether another kernel of the same language may replace one that is not installed."""
 
     LANGUAGE = "language"
     NEVER = "never"

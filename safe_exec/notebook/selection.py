@@ -24,9 +24,9 @@ class Skipped(NamedTuple):
 def skipped_cells(node: Any, selection: CellSelection) -> Skipped:
     """Return the code cells that the selection leaves out.
 
-    With a misspelt tag everything or nothing would run, and pass. So a tag to skip that no cell has
-    is a warning. Raises UsageError if no cell has any of ``only_tags``, and for a last cell that
-    does not exist.
+    A misspelt tag would make everything or nothing run, and the run would pass. So a tag to skip
+    that no cell has causes a warning. Raises UsageError if no cell has any of ``only_tags``, and
+    for a last cell that does not exist.
     """
     code = [(index, cell) for index, cell in enumerate(node.cells) if cell.cell_type == "code"]
     tags = sorted({tag for _, cell in code for tag in _tags(cell)})

@@ -183,8 +183,8 @@ class Situation:
     def figures(self, since: float = 0.0) -> str:
         """Describe time, memory and processors of the running cell.
 
-        Unmeasured figures are left out. During a search it is the time spent. ``since`` is the time
-        since the last event in seconds.
+        Unmeasured figures are left out. During a search, describe only the time spent. ``since`` is
+        the time since the last event in seconds.
         """
         if self.search is not None:
             return self.search.elapsed(self.time + since) if self.search.running else ""
@@ -420,7 +420,7 @@ class Progress:
 
 
 def write_output(target: TextIO, live: Live | None, style: Style, line: str, stream: str) -> None:
-    """Write a line of a cell's output; ``stream`` is its stream there, empty for a heading."""
+    """Write a line of a cell's output; ``stream`` is the cell's stream, empty for a heading."""
     fitted_line = style.fit(line)
     if live is None:
         target.write(f"{fitted_line}\n")

@@ -1,4 +1,7 @@
-"""Messages between a worker and the process of a notebook: on a socket, a length and a pickle."""
+"""Messages between a worker and the process of a notebook.
+
+A message on the socket is a length and a pickle.
+"""
 
 from __future__ import annotations
 

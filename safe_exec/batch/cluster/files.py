@@ -1,8 +1,8 @@
-"""The files of a notebook on a worker: by path on a shared file system, else by content.
+"""Give a worker the files of a notebook: by path on a shared file system, else by content.
 
 The runner packs the git repository around a notebook, or its folder if the repository is too large,
-and sends the archive once to each machine, which keeps it by its digest. Each notebook runs in a
-fresh copy of its own. Its documents return by content; other files that it writes do not.
+and sends the archive once to each machine, which stores it under its digest. Each notebook runs in
+a fresh copy of its own. Its documents return by content; other files that it writes do not.
 """
 
 from __future__ import annotations
@@ -116,10 +116,7 @@ def _without_owner(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def _walk(base: Path, out: Path) -> Iterator[Path]:
-    """Yield the files and folders that are sent, as a batch selects them.
-
-    No sockets, no devices.
-    """
+    """Yield the files and folders to send, as a batch selects them, without sockets and devices."""
     real_out = os.path.realpath(out)
     for top, names, files in os.walk(base):
         names[:] = sorted(
@@ -172,7 +169,7 @@ def store() -> Path:
 
 
 def has_archive(digest: str) -> bool:
-    """Return whether this machine has an archive, and keep it for some more days."""
+    """Return whether this machine has an archive; if so, postpone its deletion."""
     try:
         os.utime(store() / digest)
     except OSError:
@@ -181,7 +178,7 @@ def has_archive(digest: str) -> bool:
 
 
 def put_piece(digest: str, transfer: str, data: bytes, *, last: bool) -> None:
-    """Append a piece to an archive that arrives; check it when it is complete.
+    """Append a piece to an archive in transfer; check the archive after the last piece.
 
     ``transfer`` is unique, so that two runners do not mix their pieces. Raises OSError, and
     ValueError if the content is not that of the digest.
@@ -197,7 +194,7 @@ def put_piece(digest: str, transfer: str, data: bytes, *, last: bool) -> None:
 
 
 def enter(request: NotebookRequest, place: Path) -> Workspace:
-    """Change to the directory in which paths of the request are valid; unpack an archive first.
+    """Change to the directory of the request's relative paths; unpack its archive if necessary.
 
     ``place`` is the directory to unpack into. Raises UsageError and OSError.
     """

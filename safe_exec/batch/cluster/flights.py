@@ -37,7 +37,7 @@ class WaitingNotebook(Struct, frozen=True, kw_only=True):
 
 
 class Flight:
-    """A notebook that was given to dask."""
+    """A notebook that was submitted to dask."""
 
     def __init__(self, waiting: WaitingNotebook) -> None:
         self.waiting = waiting

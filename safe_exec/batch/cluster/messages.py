@@ -92,7 +92,10 @@ class FinishedNotebook(Struct, frozen=True, kw_only=True):
 
 
 class RefusedNotebook(Struct, frozen=True, kw_only=True):
-    """A notebook without a verdict: it is invalid (``usage``), or safe-exec failed there."""
+    """A notebook without a verdict.
+
+    Either it is invalid (``usage``), or safe-exec failed on the worker.
+    """
 
     message: str
     usage: bool
@@ -114,9 +117,9 @@ Reply = FinishedNotebook | RefusedNotebook | MissingFiles | NotStarted
 class WorkerFacts(Struct, frozen=True, kw_only=True):
     """One dask worker.
 
-    ``machine`` is its host name. ``memory`` (bytes) and ``cpus`` are what its notebooks may request
-    together, ``threads`` how many run at a time. ``enforced`` are the limits and walls that Linux
-    enforces there. ``version`` is safe-exec's.
+    ``machine`` is its host name. ``memory`` (bytes) and ``cpus`` are the totals that its notebooks
+    may request, and ``threads`` is the number of notebooks at a time. ``enforced`` are the limits
+    and walls that Linux enforces there. ``version`` is that of safe-exec.
     """
 
     address: str

@@ -29,7 +29,7 @@ MOST_SIZES = 8
 class NotebookNeeds(Struct, frozen=True, kw_only=True):
     """The resources and the enforcement that a notebook requires of a worker.
 
-    ``memory`` is its limit in bytes, ``None`` without one; ``enforced`` are the limits and walls
+    ``memory`` is its limit in bytes, ``None`` if it has none; ``enforced`` are the limits and walls
     that Linux has to enforce.
     """
 
@@ -70,7 +70,10 @@ def offers(worker: WorkerFacts) -> dict[str, float]:
 
 
 def refusal(needs: NotebookNeeds, workers: Sequence[WorkerFacts]) -> str | None:
-    """Return why no worker can run a notebook, with their sizes; ``None`` if one can."""
+    """Return the reason why no worker fits a notebook; ``None`` if one fits.
+
+    The reason names the sizes of the workers.
+    """
     if not workers or any(fits(worker, needs) for worker in workers):
         return None
     able = [worker for worker in workers if needs.enforced <= worker.enforced]

@@ -106,7 +106,7 @@ def serve(connection: socket.socket, directory: Path, machine: HostCapabilities)
 
 
 def _obey(connection: socket.socket, broadcast: SignalBroadcast) -> NoReturn:
-    """Receive signals from the worker; exit when the worker does."""
+    """Receive signals from the worker; exit when the worker ends."""
     while True:
         try:
             number = receive(connection)
@@ -202,7 +202,7 @@ class EventSender:
         self._sent_at = 0.0
 
     def __call__(self, event: events.Event) -> None:
-        """Take an event of the run."""
+        """Accept an event of the run for sending."""
         if not isinstance(event, ShownEvent):
             return
         if isinstance(event, events.CellStarted):

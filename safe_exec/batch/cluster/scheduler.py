@@ -122,7 +122,10 @@ class ClusterScheduler(ClusterQueue):
             await self._wait_for_change()
 
     async def _give_back(self) -> None:
-        """Give up all notebooks after the scheduler was lost, so that --resume can run them."""
+        """Abandon all notebooks after the loss of the dask scheduler.
+
+        --resume can run them later.
+        """
         for task in self.tasks:
             task.cancel()
         await asyncio.wait(self.tasks) if self.tasks else None
@@ -170,7 +173,7 @@ class ClusterScheduler(ClusterQueue):
     # --- the workers ----------------------------------------------------------------------------
 
     async def _watch_workers(self) -> None:
-        """Keep ``workers`` up to date, and notice the end of the scheduler."""
+        """Keep ``workers`` up to date; record the loss of the dask scheduler in ``trouble``."""
         while self.trouble is None:
             try:
                 await self._update_workers()
@@ -194,7 +197,7 @@ class ClusterScheduler(ClusterQueue):
         self._show_load()
 
     async def _place_again(self, departed: AbstractSet[str]) -> None:
-        """Let dask place again the notebooks that wait, and those whose worker was lost."""
+        """Withdraw notebooks that wait or whose worker was lost, so that dask places them again."""
         # dask does not reconsider a task without a fitting worker when a worker announces its
         # resources later. And tasks that wait at a busy worker may start earlier at a new one.
         for flight in tuple(self.flights.values()):
@@ -280,7 +283,7 @@ class ClusterScheduler(ClusterQueue):
     # --- starts and losses ----------------------------------------------------------------------
 
     async def _receive_event(self, event: tuple[float, dict[str, Any]]) -> None:
-        """Take a message from a task."""
+        """Handle a message from a task."""
         _, message = event
         flight = self.flights.get(message["flight"])
         if message["kind"] == "start":
@@ -332,7 +335,7 @@ class ClusterScheduler(ClusterQueue):
             await self.client.run(answer, question, grant, workers=[address], on_error="ignore")
 
     async def _withdraw(self, flight: Flight) -> None:
-        """Take back a notebook that has not started, or whose worker is gone."""
+        """Withdraw from dask a notebook that has not started, or whose worker is gone."""
         if not flight.withdrawn and flight.future is not None:
             self._count_loss(flight)
             flight.withdrawn = True
@@ -346,7 +349,7 @@ class ClusterScheduler(ClusterQueue):
             flight.future.release()
 
     async def _stop(self) -> None:
-        """Take back the notebooks that have not started, and pass signals on to those that run."""
+        """Withdraw the notebooks that have not started, and pass signals on to those that run."""
         from safe_exec.batch.cluster.task import forward_signal
 
         for flight in tuple(self.flights.values()):

@@ -57,7 +57,7 @@ class FileTransfers:
     async def send(self, digest: str, address: str, machine: str) -> None:
         """Send an archive to a machine, by way of the worker at ``address``.
 
-        Raises whatever dask raises if the worker is gone or its disk is full.
+        Raises dask's error if the worker is gone or its disk is full.
         """
         transfer = self.running.get((machine, digest))
         if transfer is None:

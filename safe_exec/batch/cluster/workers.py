@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 
 class WorkerChange(Struct, frozen=True, kw_only=True):
-    """The addresses of workers that left or joined since the last look."""
+    """The addresses of workers that left or joined since the last update."""
 
     departed: AbstractSet[str]
     fresh: AbstractSet[str]
 
 
 class ClusterWorkers:
-    """The usable workers by their address.
+    """The usable workers, by their address.
 
-    ``mechanisms`` is the choice of the user, ``memory`` the bytes that local workers share,
-    ``None`` if others started the workers; ``note`` shows a message to the user.
+    ``mechanisms`` are those that the user allows. ``memory`` is the memory in bytes that local
+    workers share, ``None`` if others started the workers. ``note`` shows a message to the user.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ClusterWorkers:
 
     @property
     def smallest_memory(self) -> int:
-        """The bytes of the smallest worker. There must be one."""
+        """The memory of the smallest worker, in bytes. There must be at least one worker."""
         return min(worker.memory for worker in self.usable.values())
 
     def threads_of(self, machine: str) -> int:
@@ -77,7 +77,7 @@ class ClusterWorkers:
     async def update(self) -> WorkerChange:
         """Ask the scheduler for its workers, and each new worker for its facts.
 
-        Raises ClusterError if the connection is lost, and whatever the transport raises.
+        Raises ClusterError if the connection is lost, and the errors of dask's transport.
         """
         if self.client.status != "running":
             raise ClusterError("connection lost")

@@ -122,7 +122,10 @@ wall_options = option_group(
 
 
 def figure_arguments(figures: Figures) -> list[str]:
-    """Return the options of a command that set these limits; a key ``limits`` is `--limits`."""
+    """Return the options of a command that set these limits.
+
+    The key ``limits`` becomes `--limits`.
+    """
     return [word for key, text in figures.items() for word in (f"--{key.replace('_', '-')}", text)]
 
 

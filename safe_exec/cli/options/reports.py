@@ -35,7 +35,7 @@ class ReportOptions(Struct, frozen=True, kw_only=True):
 
 
 class ReportChoice(Struct, frozen=True, kw_only=True):
-    """Whether to print GitHub's annotations, and the files beside those of every batch."""
+    """The reports to write: whether to print GitHub's annotations, and the CI system's files."""
 
     github: bool
     files: tuple[BatchReport, ...]

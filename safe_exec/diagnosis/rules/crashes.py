@@ -190,7 +190,7 @@ def _full_main_stack(context: Context, fault: FaultReport) -> Cause | None:
 
 
 def fault(context: Context) -> Cause | None:
-    """Any of the signals of a fault."""
+    """The kernel died of a fault signal, such as SIGSEGV or SIGABRT."""
     # Other signals are no faults of native code; the exit rules explain them.
     if not _died_of(context, tuple(KINDS)):
         return None

@@ -261,7 +261,7 @@ def _was_filled(volume: Volume) -> bool:
 
 
 def _has_other_number(context: Context) -> bool:
-    """Tell whether the error carries an error number of the system."""
+    """Tell whether the error has an ``errno`` of the operating system."""
     return any(row.number is not None for row in context.evidence.raised if not row.remote)
 
 

@@ -287,7 +287,7 @@ def _confidence(context: Context) -> Confidence:
 
 
 def aborted(context: Context) -> Cause | None:
-    """Polars aborts the process when its own memory threshold is passed, and says so before."""
+    """Polars reported that its memory threshold was exceeded, and aborted the process."""
     evidence = context.evidence
     status = evidence.exit
     # abort() is the only way in which polars ends the process.

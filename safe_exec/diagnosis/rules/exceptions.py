@@ -13,7 +13,7 @@ MOST_DIFFERENCES = 5
 
 
 def stdin(context: Context) -> Cause | None:
-    """A cell asked for input: ``input()``, ``getpass()`` and debuggers are refused."""
+    """A cell asked for input with ``input()``, ``getpass()`` or a debugger, which is refused."""
     error = context.evidence.error
     if (
         not isinstance(context.ending, CellFailed)

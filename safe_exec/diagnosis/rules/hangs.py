@@ -1,4 +1,4 @@
-"""Describes a kernel whose time was up: its activity, whom it waited for, the remedy. Pure."""
+"""Describes a kernel whose time was up: its activity, the awaited object, the remedy. Pure."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def _is_of_installer(conflict: IsolationConflict) -> bool:
 
 
 def _installs(conflict: IsolationConflict) -> bool:
-    """Tell whether packages were to be installed."""
+    """Tell whether the refused access was an installation of packages."""
     return (
         conflict.path is not None
         and conflict.access is not Access.OPEN
@@ -138,7 +138,7 @@ def _installs(conflict: IsolationConflict) -> bool:
 
 
 def _is_certain(context: Context, conflict: IsolationConflict) -> bool:
-    """Tell whether the thing is named exactly and a hard wall took it away."""
+    """Tell whether the kernel named the refused thing exactly, and a hard wall refuses it."""
     # The text may be a quotation of something else.
     if not conflict.exact:
         return False
@@ -158,7 +158,7 @@ def _is_certain(context: Context, conflict: IsolationConflict) -> bool:
 
 
 def _wall(context: Context, conflict: IsolationConflict) -> Wall | None:
-    """Return the wall that takes the thing away."""
+    """Return the wall that refuses access to the thing."""
     if conflict.kind is NeedKind.VARIABLE:
         return Wall.ENVIRONMENT
     facts = context.evidence.isolation
@@ -286,7 +286,7 @@ def _is_device(conflict: IsolationConflict) -> bool:
 
 
 def naming_fact(context: Context, conflict: IsolationConflict) -> Fact:
-    """Return the fact in which the kernel names the thing."""
+    """Return the error or the output line that names the refused thing, as a fact."""
     error = context.evidence.error
     if conflict.in_output or error is None:
         return inside("printed", conflict.line, f"output of {context.human(conflict.cell)}")

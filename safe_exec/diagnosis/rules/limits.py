@@ -223,7 +223,7 @@ def _close_files(context: Context) -> str:
 
 
 def _more_processes(context: Context) -> str:
-    """Return the option to raise; empty if a group above the sandbox allows even less."""
+    """Return advice to raise --processes; empty if a parent cgroup allows even less."""
     bounded = context.evidence.process_bound is not None
     return "" if bounded else context.if_limited(LimitName.PROCESSES, "; see --processes")
 
@@ -262,7 +262,10 @@ def raised(context: Context) -> Cause | None:
 
 
 def _program_wrote_too_much(context: Context, error: CellError) -> Cause | None:
-    """A program of the cell was ended for the size of its file; its status or output shows that."""
+    """A program that the cell ran was ended because its file became too large.
+
+    Its status or its output shows that.
+    """
     if context.limits.file_size is None or not leaves_reason_to_output(context):
         return None
     lines = [error.evalue, *reversed(context.evidence.last_words.splitlines())]
@@ -351,7 +354,7 @@ def _file_size(context: Context, error: CellError, certain: bool) -> Cause | Non
 
 
 def _processes(context: Context, error: CellError, certain: bool) -> Cause | None:
-    """A refused fork or thread."""
+    """The system refused to start a process or a thread."""
     # EAGAIN comes from forks and threads but also from sockets; the control group's counter or the
     # stack must tell which it was.
     refusals = context.evidence.process_refusals

@@ -279,7 +279,7 @@ def oomd_kill(context: Context) -> Cause | None:
 def worker_kill(context: Context) -> Cause | None:
     """A child process was killed for memory while the kernel survived.
 
-    The notebook then got an error, hung, or went on.
+    The notebook then got an error, hung, or continued.
     """
     evidence = context.evidence
     lives = isinstance(context.ending, CellFailed | TimedOut) or (
@@ -335,7 +335,7 @@ def _hang(context: Context) -> str:
 
 
 def _ended_by_itself(context: Context) -> bool:
-    """Whether a timed-out cell failed with an error of its own, and not with our interrupt."""
+    """Whether a timed-out cell failed with its own error, rather than because of our interrupt."""
     error, observation = context.evidence.error, context.evidence.observation
     if error is None or error.ename == "KeyboardInterrupt":
         return False
@@ -425,7 +425,7 @@ def _advice_for_refusal(context: Context) -> str:
 
 
 def _was_short(context: Context, message: str) -> bool:
-    """Tell whether observations outside confirm a refusal."""
+    """Tell whether observations from outside confirm that memory was refused."""
     # Either the memory in use was near the limit, or the request exceeded the limit.
     peak, limit = context.evidence.memory_peak, context.limits.memory
     if limit is None:

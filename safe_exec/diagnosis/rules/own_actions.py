@@ -278,7 +278,7 @@ def _just_before(context: Context, action: OwnAction) -> bool:
 
 
 def _with_interrupt(context: Context, cause: Cause) -> Cause:
-    """Add the sender of a KeyboardInterrupt that the notebook sent to itself."""
+    """Add the sender of the interrupt to a KeyboardInterrupt that the notebook itself caused."""
     ending = context.ending
     if not isinstance(ending, CellFailed) or ending.error.ename != "KeyboardInterrupt":
         return cause
@@ -404,9 +404,9 @@ def _with_limit(context: Context, cause: Cause) -> Cause:
 
 
 def _lowered(context: Context) -> list[ChangedLimit]:
-    """Return the limits that are lower than at the start.
+    """Return the resource limits that are lower than at the start.
 
-    Observed, or reported just before the end.
+    They were observed from outside, or the kernel reported the change just before its end.
     """
     observed_limits = [
         limit

@@ -275,8 +275,8 @@ def find_blocker(observation: ActivityObservation) -> Blocker | None:
 
     The first candidate is the child that wait4 names; then the process at the other end of the pipe
     that the kernel reads or writes; then an orphan that holds a pipe which only the kernel reads;
-    then the most telling of all children. If the named process is idle and another one is stuck
-    forever, the stuck one is returned.
+    then the child whose state best explains the wait. If the named process is idle and another one
+    is stuck forever, the stuck one is returned.
     """
     processes = other_processes(observation)
     if not processes:

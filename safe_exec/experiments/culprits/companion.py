@@ -1,9 +1,9 @@
-"""A run from scratch that goes along with the forks, so that their answers need not wait for it.
+"""A trial from scratch that runs beside the forks of a search, so that forks need not wait for it.
 
-As long as no run has failed in a fork, nobody knows whether the forks can tell the failure: a trial
-from scratch decides. And in the end one confirms the culprits. The companion is begun with the
-first question to the forks. It waits after the cells that take long, until the search has decided
-about the others: if it decides for the same long ones, they need not run again.
+Until a run has failed in a fork, it is unknown whether forks can show the failure, and a trial from
+scratch decides. At the end of the search, such a trial confirms the culprits. The companion is this
+trial. It starts with the first query to the forks. It pauses after the cells that take long, until
+the search has decided which other cells to run: the long ones need not run again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LONG_SHARE = 0.1
 def first_to_wait(cells: Sequence[int], seconds: Mapping[int, float]) -> int:
     """Return the index of the first cell that has to wait for a decision.
 
-    ``cells`` are those of the first question, the crash cell last.
+    ``cells`` are those of the first query, the crash cell last.
     """
     *earlier_cells, crash = cells
     total = sum(seconds.get(cell, 0.0) for cell in earlier_cells)
@@ -33,7 +33,10 @@ def first_to_wait(cells: Sequence[int], seconds: Mapping[int, float]) -> int:
 
 
 class Companion:
-    """One run of this kind. ``task`` and ``request`` are ``None`` until it begins."""
+    """A trial that waits for the search's decisions.
+
+    ``task`` and ``request`` are ``None`` until it begins.
+    """
 
     def __init__(self, cells: Sequence[int], seconds: Mapping[int, float]) -> None:
         self._cells = frozenset(cells)
@@ -43,13 +46,13 @@ class Companion:
         self.request: TrialRequest | None = None
 
     async def is_wanted(self, index: int) -> bool:
-        """Tell whether to run a cell, as soon as that is decided."""
+        """Wait until a cell has been decided; return whether to run it."""
         if index >= self._first_to_wait:
             await self._decided.wait()
         return index in self._cells
 
     def fits(self, cells: Collection[int]) -> bool:
-        """Tell whether a run of these cells begins with what this one has run."""
+        """Tell whether this trial, as far as it has run, also serves a run of these cells."""
         first = self._first_to_wait
         return {c for c in cells if c < first} == {c for c in self._cells if c < first}
 

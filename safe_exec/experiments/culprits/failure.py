@@ -1,10 +1,11 @@
-"""Decides whether two failures are the same, and what a trial says about a set. Pure.
+"""Decides whether two failures are the same, and evaluates the ending of a trial. Pure.
 
 Two failures are the same if they have the same cause kind, the same signal or exit code, and the
-same crash cell. Corrupted memory has several forms. Depending on its location, glibc may find the
-damage and abort, or the program may use it first and end in a segmentation fault. Both count in the
-crash cell. An abort by glibc counts in any cell: ``free()`` finds the damage wherever the heap
-layout has put it, and leaving out a cell moves that place (``Failure.moves``).
+same crash cell. Corrupted memory shows in several forms. Depending on its location, glibc may find
+the damage and abort, or the program may use it first and end in a segmentation fault. In the crash
+cell both count as the same failure. An abort by glibc counts in any cell: ``free()`` finds the
+damage wherever the heap layout has put it, and leaving out a cell moves that place
+(``Failure.moves``).
 
 Any other death in the crash cell is another *form*. The search decides from its own observations
 whether such a form is the same failure.
@@ -92,8 +93,8 @@ class Failure(Struct, frozen=True, kw_only=True):
     """The failure that is searched for.
 
     ``error`` is the name of the exception if the cause is an exception and nothing more.
-    ``missing`` are the names that a NameError reported. ``moves``: the failure may strike in any
-    cell.
+    ``missing`` are the names that a NameError reported. ``moves`` is true if the failure may occur
+    in any cell.
     """
 
     kind: CauseKind
@@ -184,7 +185,7 @@ def _exception_name(cause: Cause) -> str | None:
 def why_not_searched(verdict: Verdict, *, always: bool) -> str | None:
     """Return the reason for not searching after a run, or ``None`` if a search follows.
 
-    The reason is empty if nobody would expect a search.
+    The reason is empty if no user would expect a search.
     """
     if verdict.cause is None or verdict.status in (
         Status.PASSED,
@@ -212,8 +213,7 @@ def answer(
 ) -> tuple[Outcome, int | None, frozenset[str]]:
     """Return a trial's outcome, the cell at which it stopped unresolved, and the undefined names.
 
-    An undefined name reveals a dependency. The caller records any other death but does not follow
-    it.
+    An undefined name reveals a dependency.
     """
     cell = getattr(ending, "cell", None)
     if isinstance(ending, Passed):
@@ -255,6 +255,6 @@ def _missing(ending: Ending) -> frozenset[str]:
 def is_ours(ending: Ending) -> bool:
     """Tell whether safe-exec, and not the notebook, made a trial fail.
 
-    Such a trial answers nothing.
+    Such a trial says nothing about its cells.
     """
     return isinstance(ending, InternalError | StartFailed)

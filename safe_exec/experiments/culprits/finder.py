@@ -1,9 +1,8 @@
 """Finds the culprits of a failed run.
 
-States the problem, drives the search, reduces the culprit cells.
-
-The pure search asks, and the oracle answers by running trials. May import the other parts of
-``experiments``, trial and notebook.
+States the problem, drives the search, reduces the culprit cells. The pure search yields queries,
+and the oracle answers them by running trials. May import the other parts of ``experiments``, trial
+and notebook.
 """
 
 from __future__ import annotations
@@ -207,10 +206,10 @@ class Investigation:
         return seconds | {self.crash.index: recognition}, full - recognition
 
     def names_in_frames(self) -> dict[int, frozenset[str]]:
-        """Return, by position, the names that the crash's stack frames had read at their lines.
+        """Return, by cell position, the names that the stack frames of the crash had just read.
 
         A run that lacks one of these names cannot fail the same way. The result is empty if the
-        crash cell may continue after an error, or if the failure strikes at varying places.
+        crash cell may continue after an error, or if the failure may occur in any cell.
         """
         if self.oracle.subject.failure.moves or self.oracle.subject.request.allow_errors:
             return {}
@@ -264,7 +263,7 @@ class Investigation:
         return await drive(searching, ask_oracle, cancellation=cancellation)
 
     async def ask_cells(self, query: Query) -> Reply:
-        """Run a trial of a set of cells; a confirmation runs the reproduction itself."""
+        """Run a trial of a set of cells. To confirm culprits, run the reproduction itself."""
         start_time = time.monotonic()
         if query.fresh and self.oracle.is_hanging(query.cells):
             # The run that confirms these cells goes on until its time is up.
@@ -307,7 +306,7 @@ class Investigation:
     async def reduce(self, result: Result) -> dict[int, str]:
         """Search for parts of the culprit cells that still fail at the same line.
 
-        Returns the sources of the cells, by index; those of the notebook if nothing can go.
+        Returns the sources of the cells, by index; unchanged sources if nothing can be removed.
         """
         sources = {index: self.sources[index] for index in result.cells}
         if not self.is_steady(result):
@@ -327,7 +326,7 @@ class Investigation:
         return reduction.texts(reduction.selection) if is_certain else sources
 
     def reduction_of(self, cells: tuple[int, ...], *, confirms: bool = False) -> Reduction:
-        """Return the reduction of culprit cells. Without a crash line nothing can be removed."""
+        """Return the reduction of culprit cells, which can remove nothing without a crash line."""
         return Reduction(
             {index: self.sources[index] for index in cells},
             crash=self.crash.index,
@@ -338,7 +337,7 @@ class Investigation:
         )
 
     async def reduce_others(self, cells: tuple[int, ...], reduction: Reduction) -> None:
-        """Reduce the statements for a failure that is no hang, and confirm each depth."""
+        """Reduce the statements for a failure other than a hang; confirm each depth of blocks."""
         if self.crash.line is None:
             return
         elapsed = time.monotonic() - self.start_time
@@ -358,9 +357,10 @@ class Investigation:
     async def reduce_hang(
         self, cells: tuple[int, ...], reduction: Reduction, start_time: float
     ) -> None:
-        """Reduce statements by trials whose hang is recognised, then confirm the last one.
+        """Reduce the statements for a hang, by trials that stop as soon as the hang is recognised.
 
-        That trial continues, and ends soon enough after ``start_time`` for the search's budget.
+        The last trial continues, to confirm the result. It ends soon enough after ``start_time``
+        for the budget of the search.
         """
         timeout = self.oracle.hang_timeout()
         if timeout is None or self.crash.line is None:
@@ -384,7 +384,7 @@ class Investigation:
         await self.drive(reduction.steps(start_seconds=0.0, remaining=remaining), ask)
 
     async def confirms(self, cells: tuple[int, ...], reduction: Reduction) -> bool:
-        """Tell whether the reduced cells fail in a run up to the timeout."""
+        """Tell whether the reduced cells still fail in a run that may last until the timeout."""
         if self.oracle.subject.request.cancellation.signals or self.remaining() <= 0:
             return False
         query = Query(cells=cells, time_budget=self.remaining(), fresh=True)
@@ -398,7 +398,7 @@ class Investigation:
     def is_steady(self, result: Result) -> bool:
         """Whether the culprits failed in every run.
 
-        Else no trial can tell if a statement is needed.
+        Otherwise a single trial cannot tell whether a statement is needed.
         """
         failures, runs = result.reproduced
         return failures == runs and not result.several_forms
@@ -433,7 +433,7 @@ class Investigation:
         return reply
 
     async def observe(self, result: Result) -> ObservedTrial | None:
-        """Run the culprits once more if memory ran out and its holders are not known."""
+        """Run the culprits once more if memory ran out and the holders of memory are unknown."""
         cause, use = self.first_run.verdict.cause, self.first_run.verdict.memory
         if use is not None and is_explained(use):
             return None
@@ -446,7 +446,7 @@ class Investigation:
     # --- the answer -------------------------------------------------------------------------------
 
     def document(self, cells: tuple[int, ...], sources: Mapping[int, str]) -> Any:
-        """Return the reproduction notebook of these cells; ``sources`` replace theirs."""
+        """Return the reproduction notebook of these cells; ``sources`` replace the cells' own."""
         verdict, request = self.first_run.verdict, self.oracle.subject.request
         return reproduction.build(
             self.first_run.node,

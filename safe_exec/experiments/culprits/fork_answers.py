@@ -1,7 +1,7 @@
 """Decides which queries a fork of a live kernel may answer, and derives the answers. Pure.
 
-An answer from a fork says which trial comes next, and nothing else: the result is confirmed from
-scratch. An ending that is not clear is no answer: it is asked from scratch as well.
+An answer from a fork decides only which trial comes next: the result is confirmed from scratch. If
+an ending is unclear, a trial from scratch answers the query.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def cells_with_files(sources: Mapping[int, str]) -> frozenset[int]:
 
 
 def cells_of_one_process(sources: Mapping[int, str]) -> frozenset[int]:
-    """Return the cells that depend on the process they run in, so that a fork differs."""
+    """Return the cells that depend on their process and so may behave differently in a fork."""
     return frozenset(cell for cell, source in sources.items() if _OF_ONE_PROCESS.search(source))
 
 
@@ -135,11 +135,11 @@ def nearest(
 
 
 def positions_to_keep(seconds: Sequence[float], room: int, last: int) -> tuple[int, ...]:
-    """Return the positions in a run of cells at which snapshots are worth it.
+    """Return the positions in a run of cells at which snapshots are worthwhile.
 
-    ``seconds`` are those of each cell, and ``room`` the number of snapshots that may be taken.
-    No position is larger than ``last``. A snapshot is worth it after every LEAST_SECONDS of work,
-    or more if there would be too many.
+    ``seconds`` are those of each cell, and ``room`` the number of snapshots that may be taken. No
+    position is larger than ``last``. A snapshot is worthwhile after every LEAST_SECONDS of work, or
+    after more if there would be too many.
     """
     if room <= 0:
         return ()
@@ -160,7 +160,7 @@ def seconds_allowed(seconds: Iterable[float], time_budget: float) -> float:
 
 
 def answer_of(failure: Failure, ending: ForkEnding) -> ForkAnswer | None:
-    """Return the answer that an ending gives; ``None`` if only a trial from scratch can tell."""
+    """Return the answer that follows from an ending; ``None`` if it takes a trial from scratch."""
     if ending.odd is not None or ending.status is None or ending.cell is None:
         return None
     if ending.passed or ending.error is not None:

@@ -1,11 +1,11 @@
 """Answers queries of the culprit search in forks of a live kernel.
 
 One kernel is started for the whole search. It runs no cell itself: it forks a process for each
-query, and these leave sleeping snapshots behind, from which later queries go on. So no cell runs
-twice after the same cells, unless its state does not survive a fork.
+query. These processes leave sleeping snapshots behind, from which later queries continue. So no
+cell runs twice after the same cells, unless its state does not survive a fork.
 
-An answer only says which trial comes next. Anything unusual ends the use of forks: the search then
-goes on from scratch. May import trial, kernel, sandbox and the pure parts of this package.
+An answer decides only which trial comes next. Anything unusual ends the use of forks, and the
+search continues from scratch. May import trial, kernel, sandbox and the pure parts of this package.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Forks:
 
     @property
     def note(self) -> str | None:
-        """Why forks gave no answers or stopped giving them, or which states were not kept."""
+        """The reason why the forks do not answer, else the states that do not survive a fork."""
         if self.ended is not None:
             return self.ended
         states = ", ".join(self._unbranchable)
@@ -123,7 +123,10 @@ class Forks:
         ]
 
     async def answer(self, cells: Sequence[ForkCell], time_budget: float) -> ForkAnswer | None:
-        """Run cells in a fork; ``None`` if only a trial from scratch can tell how they end."""
+        """Run cells in a fork.
+
+        Returns ``None`` if only a trial from scratch can tell how they end.
+        """
         if self.ended is not None:
             return None
         if not self.may_answer(cells):
@@ -142,11 +145,11 @@ class Forks:
         return answer
 
     def may_answer(self, cells: Sequence[ForkCell]) -> bool:
-        """Tell whether cells may be asked about: no fork is to find files of another one."""
+        """Tell whether forks may run these cells: no fork may find the files of another one."""
         return self.ended is None and not any(cell.index in self._with_files for cell in cells)
 
     async def _prove(self, time_budget: float) -> None:
-        """Run all cells in a fork, to see that the failure occurs there too.
+        """Run all cells in a fork, to check that the failure occurs there too.
 
         Raises ForksFailed if not.
         """
@@ -268,9 +271,9 @@ class Forks:
         )
 
     def _last_to_keep(self, cells: Sequence[ForkCell]) -> int:
-        """Return the position of the first cell that depends on its process.
+        """Return the position of the first cell that depends on its own process.
 
-        The last one if none does.
+        Returns the last position if no cell does.
         """
         positions = (n for n, c in enumerate(cells) if c.index in self._of_one_process)
         return next(positions, len(cells) - 1)
@@ -291,7 +294,7 @@ class Forks:
     async def _ending(
         self, channel: ForkChannel, cells: tuple[ForkCell, ...], skipped: int, deadline: float
     ) -> ForkEnding:
-        """Follow a run to its end. Raises ForksFailed."""
+        """Handle the messages of a run until it ends; return its ending. Raises ForksFailed."""
         ending = ForkEnding(cell=None, status=None)
         while True:
             message = await self._receive(channel, deadline)

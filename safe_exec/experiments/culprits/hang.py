@@ -84,9 +84,10 @@ class HangPicture(Struct, frozen=True, kw_only=True):
 
 
 def seconds_until_recognised(cell_timeout: float | None) -> float | None:
-    """Return the seconds after which a picture counts as the same hang in a cell with this timeout.
+    """Return the seconds after which an unchanged picture counts as the same hang.
 
-    ``None`` if a hang cannot be recognised early enough to be worth it.
+    ``cell_timeout`` is that of the cell, in seconds. Returns ``None`` if it is too short for an
+    early recognition to save time.
     """
     if cell_timeout is None or cell_timeout < LEAST_TIMEOUT:
         return None

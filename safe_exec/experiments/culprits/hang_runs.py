@@ -1,4 +1,4 @@
-"""Trials whose hang was recognised and that go on: their ends confirm what their pictures showed.
+"""Keeps trials running after their hang was recognised, so that their end can confirm it.
 
 A hang is confirmed by a run up to the cell's timeout. A trial that is left running when its hang is
 recognised is such a run, and the search need not wait for another one from the beginning.
@@ -18,7 +18,10 @@ LOOK_SECONDS = 0.1
 
 
 class HangRun(Struct, frozen=True, kw_only=True):
-    """A trial that continues, its request, and the crash cell if it runs another notebook."""
+    """A trial that continues.
+
+    ``crash`` is the index of the crash cell if the trial runs a notebook other than the original.
+    """
 
     task: asyncio.Task[TrialResult]
     request: TrialRequest
@@ -26,7 +29,7 @@ class HangRun(Struct, frozen=True, kw_only=True):
 
 
 class HangRuns:
-    """The trials that continue: of each kind at most the last one. ``close()`` ends them."""
+    """The trials that continue: at most one of each kind. ``close()`` ends them."""
 
     def __init__(self, cancellation: Cancellation) -> None:
         self._cancellation = cancellation
@@ -46,7 +49,7 @@ class HangRuns:
     async def end_of(self, key: Hashable) -> HangRun | None:
         """Wait until the trial of these cells ends.
 
-        ``None`` if there is none, and after a signal.
+        Returns ``None`` if there is no such trial, or after a signal.
         """
         kind = next((kind for kind, (other, _) in self._runs.items() if other == key), None)
         if kind is None:

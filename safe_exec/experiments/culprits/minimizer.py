@@ -72,7 +72,7 @@ class _Stop(Exception):  # noqa: N818 - leaves the search from within
 
 
 class _Tally(Struct):
-    """The runs of one set. ``forms`` counts the other endings that were similar to the failure."""
+    """The counts of one set's runs. ``forms`` counts endings that were similar to the failure."""
 
     fails: int = 0
     others: int = 0
@@ -130,7 +130,7 @@ class _Searcher:
         return max(self.repeats, ODD_LOOKS) if odd else self.repeats
 
     def stops_at(self, cells: frozenset[int]) -> int | None:
-        """Return the cell at which a run of the set is certain to stop for an undefined name.
+        """Return the cell at which a run of the set is certain to stop for lack of a name.
 
         This follows from the source code, or from names that were undefined in earlier trials.
         """
@@ -141,9 +141,9 @@ class _Searcher:
         return self.problem.predicted_stop(cells)
 
     def lacks_a_name(self, cells: frozenset[int]) -> bool:
-        """Tell whether a run of the set ended for an undefined name.
+        """Tell whether a run of the set ended because of an undefined name.
 
-        Every other run then does the same.
+        Every other run of the set then ends in the same way.
         """
         # The last reply is enough: an undefined name is deterministic.
         reply = self.replies.get(cells)
@@ -190,9 +190,9 @@ class _Searcher:
         return failed or (self.several_forms and reply.another_form)
 
     def count_all_forms(self) -> None:
-        """Count both forms as the failure, in the results so far as well.
+        """Count all forms as the failure from now on, and in earlier results too.
 
-        The same cells produced both.
+        The same cells have produced several forms.
         """
         self.several_forms = True
         for cells, tally in self.tallies.items():
@@ -384,7 +384,7 @@ class _Searcher:
     # --- failures that come and go ----------------------------------------------------------------
 
     def rate_of(self, cells: frozenset[int]) -> Generator[Query, Reply, None]:
-        """Measure how often a set fails that should have failed, and derive ``repeats`` from it.
+        """Measure the failure rate of a set that should fail, and derive ``repeats`` from it.
 
         Raises _Stop if the set never fails, or fails too rarely for the budget.
         """
@@ -399,7 +399,7 @@ class _Searcher:
     def expect(self, cells: frozenset[int]) -> None:
         """Derive from a set's failure rate how often a PASS must be observed.
 
-        Raises _Stop as ``rate_of``.
+        Raises _Stop if the set never failed, or fails too rarely for the budget.
         """
         tally = self.tallies[cells]
         if not tally.fails:
@@ -470,7 +470,7 @@ class _Searcher:
     def without(self, cells: frozenset[int], chunk: list[int]) -> frozenset[int] | None:
         """Return the set without a chunk and without the cells that would then lack a name.
 
-        Returns ``None`` if the crash cell is one of those.
+        Returns ``None`` if the crash cell would lack a name.
         """
         remaining = cells - set(chunk)
         while (stop := self.stops_at(remaining)) is not None:
@@ -493,7 +493,7 @@ class _Searcher:
     def slice_passes_again(self) -> _Step:
         """Check that the slice, which passed once, passes again.
 
-        The choice of every added cell depends on that one run.
+        Every added cell was chosen because of that single run.
         """
         base = self.initial_set
         if (

@@ -37,7 +37,7 @@ def odds_of(
 def chunk_of(loose: list[int], odds: Mapping[int, float]) -> list[int]:
     """Return the cells to remove next.
 
-    The chunk of unlikely cells with the highest expected gain.
+    They are those of the unlikely cells whose removal promises the highest gain.
     """
     ordered = sorted(loose, key=lambda cell: (odds[cell], cell))
     if len(ordered) <= FEW:
@@ -53,7 +53,7 @@ def chunk_of(loose: list[int], odds: Mapping[int, float]) -> list[int]:
 def learn(chunk: list[int], odds: dict[int, float]) -> None:
     """Raise the probabilities of a chunk that could not be removed (Bayes' rule).
 
-    At least one cell of the chunk is needed. If the chunk has only one, that is the one.
+    At least one cell of the chunk is needed. If the chunk is a single cell, that cell is needed.
     """
     free = math.prod(1 - odds[cell] for cell in chunk)
     for cell in chunk:

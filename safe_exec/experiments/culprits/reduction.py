@@ -1,8 +1,9 @@
 """Makes the culprit cells of a reproduction smaller: states the search over their statements. Pure.
 
-The same search as for cells runs once for each depth of blocks, the outermost first. Statements are
-its cells; everything that must stay (the lines of the crash and of its stack, and the blocks around
-what is decided now) is its crash cell.
+The search for cells also searches for statements, once for each depth of blocks, the outermost
+first. The statements at this depth take the place of the cells. Everything that must stay (the
+lines of the crash and of its stack, and the blocks around the statements) takes that of the crash
+cell.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Piece(Struct, frozen=True, kw_only=True):
 
 
 class Reduction:
-    """The pieces of some cells that were not removed.
+    """The pieces that remain of some cells.
 
     ``sources`` are the cells in order, ``crash`` is the last of them, ``lines`` are those that must
     stay, by cell. Without ``confirms`` no depth is confirmed; the caller confirms the whole.
@@ -94,7 +95,7 @@ class Reduction:
 
     @property
     def remainder(self) -> int:
-        """The number that stands for everything that must stay, in the search at a depth."""
+        """The number by which the search at a depth refers to everything that must stay."""
         return len(self.pieces)
 
     def _with_blocks(self, pieces: Collection[int]) -> frozenset[int]:
@@ -134,7 +135,7 @@ class Reduction:
         return self.with_chosen(self.depth, query.cells)
 
     def judge(self, selection: Collection[int], reply: Reply) -> Reply:
-        """Turn a trial's reply into one about pieces: only a failure at the same line counts."""
+        """Mark a trial's failure as unresolved unless it occurred at the same line."""
         if reply.answer is Outcome.PASS or (
             reply.answer is Outcome.FAIL
             and self.is_same_line(selection, reply.line, exact=reply.exact_line)
@@ -196,7 +197,7 @@ class Reduction:
     def _dependencies(
         self, depth: int, candidates: Sequence[int]
     ) -> tuple[frozenset[int], dict[int, frozenset[int]]]:
-        """Return the backward slice of the needed lines, and the needs of each candidate."""
+        """Return the candidates on which needed lines depend, and the needs of each candidate."""
         # The names of local variables say little about the order in which functions run.
         if depth:
             return frozenset(self._last_of_blocks(depth, candidates)), {}
@@ -235,7 +236,7 @@ class Reduction:
         return all(map(is_valid, self.texts(selection).values()))
 
     def apply(self, depth: int, result: Result) -> bool:
-        """Keep the pieces that a search shows to be needed; false if that is not certain."""
+        """Keep the pieces that a search shows to be needed; return false if that is uncertain."""
         failures, runs = result.reproduced
         certain = failures == runs and (
             runs > 0 and runs + result.quick >= CONFIRMATIONS

@@ -74,7 +74,7 @@ def build(
 def is_reproduction(node: Any) -> bool:
     """Tell whether safe-exec wrote this notebook as a reproduction.
 
-    A search could not make it smaller.
+    Another search could not make it smaller.
     """
     ours = node.metadata.get(METADATA_KEY)
     return isinstance(ours, dict) and isinstance(ours.get(REPRODUCES), dict)

@@ -119,7 +119,7 @@ def _sets_off(effect: Effect | None, *, by_trials: bool, used: str) -> bool:
 
 
 def _effect(culprit_set: CulpritSet, index: int) -> Effect | None:
-    """Return a cell's most telling effect, also through functions that it calls."""
+    """Return a cell's most significant effect, including effects of functions that it calls."""
     modules: dict[str, str] = {}
     functions: dict[str, Effect] = {}
     for candidate in (cell for cell in culprit_set.order if cell <= index):
@@ -147,7 +147,7 @@ def _through(effect: Effect, functions: Mapping[str, Effect]) -> Effect:
 
 
 def _for_users(culprit_set: CulpritSet, index: int, effect: Effect) -> Effect:
-    """Add the culprits that use the changed object to an effect."""
+    """Name, in the text of an effect, the culprits that use the changed object."""
     if effect.kind < EffectKind.OBJECT or effect.name is None:
         return effect
     positions = {cell: culprit_set.order.index(cell) for cell in culprit_set.cells if cell > index}
@@ -187,9 +187,9 @@ def _side_effect_risk(culprit_set: CulpritSet, index: int) -> int:
 
 
 def _uses(culprit_set: CulpritSet, index: int) -> str:
-    """Return ``defines `frame`, used by code cell 7``.
+    """Return the names that later culprits take from a cell.
 
-    The names that later culprits take from a cell.
+    The text has the form ``defines `frame`, used by code cell 7``.
     """
     names: list[str] = []
     users: list[int] = []
@@ -213,7 +213,7 @@ def _uses(culprit_set: CulpritSet, index: int) -> str:
 def _taken(
     dependencies: Dependencies, position: int, at: int, culprits: frozenset[int]
 ) -> set[str]:
-    """Return the names that a cell reads and that, of all culprits, cell ``at`` bound last."""
+    """Return the names that a cell reads and whose last binding among the culprits is in ``at``."""
     reads = dependencies.facts[position].uses | dependencies.facts[position].late_uses
     # What cannot be read may bind any name, but nobody takes ``print`` from it.
     names = reads - (_BUILTINS - dependencies.facts[at].defines)

@@ -71,7 +71,7 @@ def _parts(node: ast.AST) -> list[ast.AST | None]:
 def _operands(node: ast.AST) -> list[ast.AST | None]:
     """Return the parts that are evaluated before the expression's own effect.
 
-    An effect in between is represented by an ``ast.Starred``.
+    An effect between two parts is represented by an ``ast.Starred``.
     """
     parts = _parts(node)
     match node:
@@ -110,7 +110,8 @@ def _evaluated(node: ast.AST | None) -> Iterator[str]:
 def _steps(node: ast.stmt) -> list[ast.AST | None]:
     """Return the expressions that a statement is certain to evaluate.
 
-    A ``try`` may swallow errors, and a second context manager runs under the first one.
+    The body of a ``try`` is left out because its errors may be caught. Of several context managers
+    only the first counts: it may suppress errors of the others.
     """
     parts = _parts(node)
     match node:
@@ -277,12 +278,12 @@ class Dependencies:
     def surely_missing(
         self, subset: Iterable[int], *, crash: int, crash_line: int | None
     ) -> tuple[int, str] | None:
-        """Return the cell and name of the NameError in which a run of ``subset`` ends at the latest.
+        """Return the cell and the name of a NameError that is certain to end a run of ``subset``.
 
-        The error must come before the crash could happen again. A read that may not happen, as in a
-        loop over nothing, may end the run earlier. Only names that an omitted cell
-        binds visibly are certain: all others came from elsewhere, since the whole notebook did run.
-        The caller must exclude cells whose errors do not end the run.
+        The error comes before the crash could happen again; another error may end the run even
+        earlier, for example in a loop that need not run. Only names that an omitted cell binds
+        visibly are certain: all others came from elsewhere, since the whole notebook did run. The
+        caller must exclude cells whose errors do not end the run.
         """
         bound_names: set[str] = set()
         for index in sorted({index for index in subset if self.is_python and 0 <= index <= crash}):
@@ -428,7 +429,7 @@ class Dependencies:
 def _before_crash(cell: CellFacts, line: int | None) -> list[Read]:
     """Return the reads that precede the effects of a line.
 
-    Its statement may begin on an earlier line.
+    The statement of the line may begin on an earlier one.
     """
     statement_line = max(
         (read.line for read in cell.reads if line is not None and read.line <= line), default=0

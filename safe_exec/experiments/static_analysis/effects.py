@@ -51,7 +51,7 @@ _ON_ALL_CODE = words(
 
 
 class EffectKind(IntEnum):
-    """The kinds of effects, the most telling first."""
+    """The kinds of effects, the most significant first."""
 
     PROCESS = 0
     FILE = 1
@@ -109,7 +109,7 @@ def effects_of(source: str, modules: Mapping[str, str]) -> tuple[Effect, ...]:
 
 
 def functions_of(source: str, modules: Mapping[str, str]) -> dict[str, Effect]:
-    """Return the most telling effect of each function that a cell defines.
+    """Return the most significant effect of each function that a cell defines.
 
     A call of the function has this effect.
     """

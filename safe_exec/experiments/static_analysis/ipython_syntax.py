@@ -35,7 +35,7 @@ class Read(Struct, frozen=True, kw_only=True):
 
 
 class CapturedNames(Struct, frozen=True, kw_only=True):
-    """Names associated with an object that a cell binds or changes.
+    """The names behind an object that a cell binds or changes.
 
     ``sources`` are the names that the object was built from; the other fields describe the bodies
     of its functions.
@@ -89,7 +89,7 @@ class CellFacts(Struct, frozen=True, kw_only=True):
 
 
 def words(text: str) -> Names:
-    """Return the words of a text as a table of names."""
+    """Return the words of a text as a set of names."""
     return frozenset(text.split())
 
 
@@ -201,7 +201,7 @@ def _line_magic(name: str, arguments: str) -> Special:
 
 
 def _special(text: str) -> Special:
-    """Analyse one escaped line."""
+    """Analyse one line in IPython's own syntax, such as a magic."""
     if text.startswith("%"):
         name, _, arguments = text.lstrip("% \t").partition(" ")
         return _line_magic(name, arguments)

@@ -103,7 +103,7 @@ class _Bag(defaultdict[str, set[str]]):
 class _NameReader(ast.NodeVisitor):
     """Visits a cell in its order of evaluation.
 
-    ``bound_names`` are certain to be bound at that point.
+    ``bound_names`` are the names that are certain to be bound at the current point.
     """
 
     def __init__(self, modules: Mapping[str, str], specials: Mapping[str, Special]) -> None:
@@ -387,7 +387,7 @@ def _leaves(block: Sequence[ast.AST]) -> bool:
 
 
 def _handed(node: ast.expr) -> Iterator[str | None]:
-    """Yield the names whose objects an argument passes on."""
+    """Yield the names of the objects that an argument passes to a call."""
     if isinstance(node, ast.Tuple | ast.List | ast.Set | ast.Dict):
         for part in node.values if isinstance(node, ast.Dict) else node.elts:
             yield from _handed(part)

@@ -98,7 +98,7 @@ class Scale(Struct, frozen=True, kw_only=True):
         return self.fit(value * (1 + self.margin), 0.05 if self.margin else 0.0)
 
     def outcome(self, cause: Cause | None) -> ProbeOutcome:
-        """Classify a run with this cause, with regard to this limit."""
+        """Classify a run by its cause: whether this limit ended it."""
         if cause is None:
             return ProbeOutcome.PASSED
         if cause.kind in self.causes:

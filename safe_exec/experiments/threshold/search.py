@@ -31,7 +31,7 @@ FACTOR = 2.0
 
 
 class ProbeOutcome(StrEnum):
-    """How a run with some value ended."""
+    """The ways in which a run with a given value can end."""
 
     PASSED = "passed"
     # By this limit.
@@ -43,7 +43,7 @@ class ProbeOutcome(StrEnum):
 
 
 class StopReason(StrEnum):
-    """Why there is no bracket, or a wider one than requested."""
+    """The reasons for a missing bracket, or for one wider than requested."""
 
     BUDGET = "budget"
     CANCELLED = "cancelled"
@@ -144,7 +144,10 @@ class _Stop(Exception):  # noqa: N818 - leaves the search from within
 
 
 class _Searcher:
-    """The state of one search. ``low`` failed (0: nothing failed), ``high`` passed."""
+    """The state of one search.
+
+    ``low`` is the largest value that failed (0 if none did), ``high`` the smallest that passed.
+    """
 
     def __init__(self, question: ProbeProblem) -> None:
         self.question = question
@@ -172,9 +175,9 @@ class _Searcher:
         return result
 
     def ask(self, value: float) -> Generator[ProbeQuery, ProbeResult, bool]:
-        """Run a value between the two sides and move one of them; tell whether it passed.
+        """Run a value between ``low`` and ``high``, and move one of them to it.
 
-        A larger value is known to pass, so any failure counts.
+        Tells whether the run passed. A larger value is known to pass, so any failure counts.
         """
         result = yield from self.run(value)
         if result.outcome is ProbeOutcome.PASSED:
@@ -219,7 +222,7 @@ class _Searcher:
         yield from self.halve()
 
     def start(self) -> tuple[float, float]:
-        """Return the starting value and the size of the first step in smallest steps."""
+        """Return the starting value, and the first step as a multiple of the smallest step."""
         question = self.question
         # One smallest step above the peak should pass.
         if self.peak is not None and self.peak > 0:

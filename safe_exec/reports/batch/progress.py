@@ -106,7 +106,7 @@ class BatchProgress:
         self._machines = dict(sorted(machines.items()))
 
     def follower(self, path: str) -> OutputFollower | None:
-        """Return a display of a notebook's output, if that is wanted."""
+        """Return a display of a notebook's output; ``None`` if the user does not follow outputs."""
         if not self._follow:
             return None
         # A log group must be written at once: several notebooks run at a time.
