@@ -225,15 +225,15 @@ class Recorder(oracle.Oracle):
     async def answer(self, query: Query, **more: Any) -> Any:
         if not hasattr(self, "known"):
             self.known, self.seconds = {}, 0.0
-        found = await super().answer(query, **more)
-        self.seconds += found.reply.seconds
+        reply = await super().answer(query, **more)
+        self.seconds += reply.seconds
         # What a fork answered, ddmin has to find out by a trial.
-        if more.get("node") is None and found.reply.from_scratch:
+        if more.get("node") is None and reply.from_scratch:
             self.known[frozenset(query.cells)] = (
-                found.reply.answer is Outcome.FAIL,
-                found.reply.seconds,
+                reply.answer is Outcome.FAIL,
+                reply.seconds,
             )
-        return found
+        return reply
 
 
 class Both(finder.Investigation):

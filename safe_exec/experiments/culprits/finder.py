@@ -275,13 +275,13 @@ class Investigation:
             events.SearchTrialStarted(time=self.elapsed(), number=self.number, cells=query.cells)
         )
         node = self.document(query.cells, {}) if query.fresh else None
-        answered = await self.oracle.answer(
+        reply = await self.oracle.answer(
             query, node=node, crash=len(query.cells) - 1 if node is not None else None
         )
-        self.report_trial(query, answered.reply)
+        self.report_trial(query, reply)
         # The trials of statements count too.
         seconds = min(time.monotonic() - start_time, query.time_budget)
-        return replace(answered.reply, seconds=max(answered.reply.seconds, seconds))
+        return replace(reply, seconds=max(reply.seconds, seconds))
 
     def report_trial(self, query: Query, reply: Reply) -> None:
         """Emit the event for a finished trial."""
@@ -425,10 +425,10 @@ class Investigation:
         self.first_run.sink(
             events.SearchTrialStarted(time=self.elapsed(), number=self.number, cells=cells)
         )
-        answered = await self.oracle.answer(
+        reply = await self.oracle.answer(
             query, node=node, crash=len(cells) - 1, origins=cells, hang_seconds=hang_seconds
         )
-        reply = reduction.judge(selection, answered.reply)
+        reply = reduction.judge(selection, reply)
         self.report_trial(replace(query, cells=cells, best=cells), reply)
         return reply
 

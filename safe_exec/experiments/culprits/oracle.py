@@ -94,14 +94,6 @@ class Subject(Struct, frozen=True, kw_only=True):
     hang: HangPicture | None = None
 
 
-class AnsweredQuery(Struct, frozen=True, kw_only=True):
-    """The reply to a query, a short description of the ending, and whether the cache had it."""
-
-    reply: Reply
-    happened: str
-    cached: bool = False
-
-
 class CachedAnswer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An answer as stored in the cache; ``seconds`` is the cost of its trial."""
 
@@ -112,7 +104,6 @@ class CachedAnswer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     peak: float | None
     another_form: bool
     ended: str
-    happened: str
     line: int | None
     exact_line: bool
 
@@ -193,7 +184,7 @@ class Oracle:
         crash: int | None = None,
         origins: tuple[int, ...] | None = None,
         hang_seconds: float | None = None,
-    ) -> AnsweredQuery:
+    ) -> Reply:
         """Answer a query from the cache, in a fork or by a trial.
 
         With ``node``, the trial runs the whole of that other notebook, in which ``crash`` is the
@@ -216,17 +207,17 @@ class Oracle:
             if forked.outcome is Outcome.FAIL:
                 self._forked_sets.add(cells)
             return self._from_fork(query, forked, time.monotonic() - start_time)
-        answered, keep = (
+        reply, keep = (
             await self._confirm_hang(query, cells, start_time)
             or (origins is None and await self._from_companion(query, cells, start_time))
             or await self._run(
                 query, node, crash, cells, start_time=start_time, hang_seconds=hang_seconds
             )
         )
-        await self._compare(query, answered.reply, cells, forked, of_cells=origins is None)
+        await self._compare(query, reply, cells, forked, of_cells=origins is None)
         if keep and self.cache is not None:
-            self.cache.put(key, _to_cache(answered))
-        return answered
+            self.cache.put(key, _to_cache(reply))
+        return reply
 
     async def observe(self, node: Any, time_budget: float) -> ObservedTrial | None:
         """Run a notebook once more with a thorough census of the memory, and recorded allocations.
@@ -324,7 +315,7 @@ class Oracle:
 
     async def _from_companion(
         self, query: Query, cells: tuple[ForkCell, ...], start_time: float
-    ) -> tuple[AnsweredQuery, bool] | None:
+    ) -> tuple[Reply, bool] | None:
         """Let the companion run these cells to the end; ``None`` if it cannot."""
         companion, self._companion = self._companion, None
         if companion is None or companion.task is None or companion.request is None:
@@ -356,9 +347,9 @@ class Oracle:
         # Before any run has failed in a fork, nobody knows whether this failure can.
         return self._forks.has_failed or bool(answer.names)
 
-    def _from_fork(self, query: Query, answer: ForkAnswer, seconds: float) -> AnsweredQuery:
+    def _from_fork(self, query: Query, answer: ForkAnswer, seconds: float) -> Reply:
         self.forked += 1
-        reply = Reply(
+        return Reply(
             answer=answer.outcome,
             seconds=min(seconds, query.time_budget),
             stopped_at=answer.stopped_at,
@@ -367,7 +358,6 @@ class Oracle:
             from_scratch=False,
             line=answer.line,
         )
-        return AnsweredQuery(reply=reply, happened=answer.ended)
 
     async def _compare(
         self,
@@ -410,7 +400,7 @@ class Oracle:
         *,
         start_time: float,
         hang_seconds: float | None,
-    ) -> tuple[AnsweredQuery, bool]:
+    ) -> tuple[Reply, bool]:
         self.trials += 1
         # Take the prestarted kernel, so that its sandbox is never used twice.
         started, self._next = self._next or self._start(), None
@@ -447,7 +437,7 @@ class Oracle:
         query: Query,
         cells: tuple[ForkCell, ...],
         start_time: float,
-    ) -> tuple[AnsweredQuery, bool] | None:
+    ) -> tuple[Reply, bool] | None:
         """Wait for the end of a running trial of these cells; ``None`` if there is none."""
         run = await self._hang_runs.end_of(cells) if query.fresh else None
         if run is None:
@@ -459,17 +449,16 @@ class Oracle:
         self.recognised += 1
         self._recognised_sets.add(cells)
 
-    def _of_picture(self, query: Query, line: int | None, seconds: float) -> AnsweredQuery:
+    def _of_picture(self, query: Query, line: int | None, seconds: float) -> Reply:
         """Return the answer of a trial whose hang was recognised and which continues."""
         kind = self.subject.failure.kind.value
-        reply = Reply(
+        return Reply(
             answer=Outcome.FAIL,
             seconds=min(seconds, query.time_budget),
             ended=kind,
             from_scratch=False,
             line=line,
         )
-        return AnsweredQuery(reply=reply, happened=kind)
 
     def _has_room(self) -> bool:
         """Tell whether the machine has room for one more kernel."""
@@ -553,7 +542,7 @@ class Oracle:
         cells: tuple[ForkCell, ...],
         *,
         seconds: float,
-    ) -> tuple[AnsweredQuery, bool]:
+    ) -> tuple[Reply, bool]:
         """Return the answer, and whether it may be cached."""
         if isinstance(result.ending, Cancelled) and not request.cancellation.signals:
             raise RerunFailed("a trial was cancelled without a signal")
@@ -572,7 +561,6 @@ class Oracle:
         )
         cut = self._was_cut(result, request, query)
         location = result.location if _cell_of(result) == failure.cell else None
-        happened = cause.summary if cause is not None else "passed"
         if (
             answer is Outcome.UNRESOLVED
             and not cut
@@ -598,7 +586,7 @@ class Oracle:
             self._note_recognised(cells)
         # What was only recognised is no answer to keep.
         keep = not cut and not recognised and not isinstance(result.ending, Cancelled)
-        return AnsweredQuery(reply=reply, happened=happened), keep
+        return reply, keep
 
     def _was_cut(self, result: TrialResult, request: TrialRequest, query: Query) -> bool:
         """Tell whether the search's budget, not the notebook's own timeout, ended a trial."""
@@ -670,8 +658,7 @@ def _cell_of(result: TrialResult) -> int | None:
     return result.location.cell if result.location is not None else None
 
 
-def _to_cache(answered: AnsweredQuery) -> CachedAnswer:
-    reply = answered.reply
+def _to_cache(reply: Reply) -> CachedAnswer:
     return CachedAnswer(
         answer=reply.answer,
         seconds=reply.seconds,
@@ -680,15 +667,14 @@ def _to_cache(answered: AnsweredQuery) -> CachedAnswer:
         peak=reply.peak,
         another_form=reply.another_form,
         ended=reply.ended,
-        happened=answered.happened,
         line=reply.line,
         exact_line=reply.exact_line,
     )
 
 
-def _from_cache(entry: CachedAnswer) -> AnsweredQuery:
+def _from_cache(entry: CachedAnswer) -> Reply:
     """Convert a cache entry; its reply costs no seconds."""
-    reply = Reply(
+    return Reply(
         answer=entry.answer,
         seconds=0.0,
         stopped_at=entry.stopped_at,
@@ -699,4 +685,3 @@ def _from_cache(entry: CachedAnswer) -> AnsweredQuery:
         line=entry.line,
         exact_line=entry.exact_line,
     )
-    return AnsweredQuery(reply=reply, happened=entry.happened, cached=True)

@@ -56,7 +56,6 @@ ANSWER = CachedAnswer(
     peak=None,
     another_form=False,
     ended="exception",
-    happened="NameError",
     line=3,
     exact_line=True,
 )
