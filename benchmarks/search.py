@@ -22,7 +22,8 @@ from unittest.mock import patch
 
 import safe_exec
 from benchmarks.measure import notebook
-from safe_exec.experiments.culprits import finder, oracle
+from safe_exec.experiments.culprits import finder
+from safe_exec.experiments.culprits.oracle import oracle
 from safe_exec.experiments.culprits.protocol import Outcome, Query
 from tests.unit.ddmin import ddmin
 

@@ -220,7 +220,7 @@ async def _search(
     """
     from safe_exec.cache import cache_root
     from safe_exec.experiments.culprits.finder import FirstRun, Investigation
-    from safe_exec.experiments.culprits.oracle import Oracle
+    from safe_exec.experiments.culprits.oracle.oracle import Oracle
     from safe_exec.experiments.rerun import RerunFailed
     from safe_exec.experiments.trial_cache import TrialCache, tidy
     from safe_exec.experiments.workspace import WorkspaceUnavailable, workspace_factory
@@ -282,8 +282,8 @@ def budget_of(requested_seconds: float | None, verdict: Verdict) -> float:
 
 def _subject(prepared: PreparedJob, verdict: Verdict, request: TrialRequest) -> Any:
     from safe_exec.experiments.culprits.failure import Failure
-    from safe_exec.experiments.culprits.hang import HangPicture
-    from safe_exec.experiments.culprits.oracle import Subject
+    from safe_exec.experiments.culprits.oracle.hang import HangPicture
+    from safe_exec.experiments.culprits.oracle.subject import Subject
 
     assert verdict.cause is not None and verdict.crash_cell is not None
     return Subject(

@@ -20,7 +20,8 @@ from safe_exec.diagnosis.rules.engines import SETTING
 from safe_exec.experiments.culprits import reproduction
 from safe_exec.experiments.culprits.failure import MEMORY
 from safe_exec.experiments.culprits.minimizer import search
-from safe_exec.experiments.culprits.oracle import ObservedTrial, Oracle
+from safe_exec.experiments.culprits.oracle.memory_trial import ObservedTrial
+from safe_exec.experiments.culprits.oracle.oracle import Oracle
 from safe_exec.experiments.culprits.protocol import (
     Outcome,
     Problem,
@@ -362,7 +363,7 @@ class Investigation:
         The last trial continues, to confirm the result. It ends soon enough after ``start_time``
         for the budget of the search.
         """
-        timeout = self.oracle.hang_timeout()
+        timeout = self.oracle.subject.crash_timeout()
         if timeout is None or self.crash.line is None:
             return
         seconds_before = sum(self.records[index].seconds or 0.0 for index in cells[:-1])

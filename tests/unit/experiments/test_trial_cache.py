@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from msgspec import to_builtins
 
 from safe_exec.experiments import trial_cache
-from safe_exec.experiments.culprits.oracle import CachedAnswer
+from safe_exec.experiments.culprits.oracle.cached_answers import CachedAnswer
 from safe_exec.experiments.culprits.protocol import Outcome
 from safe_exec.experiments.trial_cache import (
     FOLDER_DAYS,

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from msgspec import Struct
 
 from safe_exec.experiments.culprits.failure import Failure
-from safe_exec.experiments.culprits.protocol import PASSED, Outcome
+from safe_exec.experiments.culprits.protocol import PASSED, Outcome, Reply
 from safe_exec.experiments.static_analysis.effects import EffectKind, effects_of, functions_of
 from safe_exec.experiments.static_analysis.ipython_syntax import imports, python_of
 from safe_exec.model.verdict import CauseKind
@@ -59,6 +59,9 @@ class ForkCell(Struct, frozen=True, kw_only=True):
     index: int
     source: str
     may_raise: bool = False
+
+
+Cells = tuple[ForkCell, ...]
 
 
 class ForkEnding(Struct, frozen=True, kw_only=True):
@@ -126,9 +129,7 @@ def cells_of_one_process(sources: Mapping[int, str]) -> frozenset[int]:
     return frozenset(cell for cell, source in sources.items() if _OF_ONE_PROCESS.search(source))
 
 
-def nearest(
-    snapshots: Collection[tuple[ForkCell, ...]], cells: Sequence[ForkCell]
-) -> tuple[ForkCell, ...]:
+def nearest(snapshots: Collection[Cells], cells: Sequence[ForkCell]) -> Cells:
     """Return the longest beginning of ``cells`` that a snapshot has run."""
     fitting = (s for s in snapshots if tuple(cells[: len(s)]) == s and len(s) < len(cells))
     return max(fitting, key=len, default=())
@@ -169,6 +170,19 @@ def answer_of(failure: Failure, ending: ForkEnding) -> ForkAnswer | None:
             return None
         return _of_error(failure, ending) if ending.error is not None else _PASS
     return _of_death(failure, ending, ending.status)
+
+
+def reply_of(answer: ForkAnswer, seconds: float) -> Reply:
+    """Return an answer that took ``seconds`` as the reply to a query."""
+    return Reply(
+        answer=answer.outcome,
+        seconds=seconds,
+        stopped_at=answer.stopped_at,
+        names=answer.names,
+        ended=answer.ended,
+        from_scratch=False,
+        line=answer.line,
+    )
 
 
 _PASS = ForkAnswer(outcome=Outcome.PASS, ended=PASSED)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any, cast
 
-from safe_exec.experiments.culprits.hang_runs import HangRun, HangRuns
+from safe_exec.experiments.culprits.oracle.hang_runs import HangRuns
+from safe_exec.experiments.culprits.oracle.running_trial import RunningTrial
 from safe_exec.trial.request import Cancellation
 
 
-def run_of(task: asyncio.Task[Any]) -> HangRun:
+def run_of(task: asyncio.Task[Any]) -> RunningTrial:
     """A run whose request is not looked at."""
-    return HangRun(task=task, request=cast("Any", None), crash=None)
+    return RunningTrial(task=task, request=cast("Any", None))
 
 
 async def forever() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safe_exec.experiments.culprits.failure import Failure
-from safe_exec.experiments.culprits.fork_answers import (
+from safe_exec.experiments.culprits.oracle.fork_answers import (
     LEAST_SECONDS,
     ForkAnswer,
     ForkCell,

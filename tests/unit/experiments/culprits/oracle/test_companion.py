@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from safe_exec.experiments.culprits.companion import Companion, first_to_wait
+from safe_exec.experiments.culprits.oracle.companion import Companion, first_to_wait
 
 CELLS = (0, 3, 9)
 # The seconds of cells, and the first cell that waits. The crash cell is cell 9.

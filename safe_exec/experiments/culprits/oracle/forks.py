@@ -16,13 +16,14 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import nbformat
 from msgspec.structs import replace
 
-from safe_exec.experiments.culprits.fork_answers import (
+from safe_exec.experiments.culprits.oracle.fork_answers import (
     MOST_SNAPSHOTS,
+    Cells,
     ForkAnswer,
     ForkCell,
     ForkEnding,
@@ -34,6 +35,7 @@ from safe_exec.experiments.culprits.fork_answers import (
     positions_to_keep,
     seconds_allowed,
 )
+from safe_exec.experiments.culprits.oracle.subject import Subject
 from safe_exec.experiments.culprits.protocol import Outcome
 from safe_exec.experiments.rerun import isolated_request
 from safe_exec.experiments.workspace import SHM, TMP, WorkspaceFactory
@@ -43,9 +45,6 @@ from safe_exec.kernel.launch import find_spec
 from safe_exec.sandbox.keeper_process import runtime_directory
 from safe_exec.trial.request import Cancellation, TrialRequest, TrialResult
 from safe_exec.trial.run import Trial
-
-if TYPE_CHECKING:
-    from safe_exec.experiments.culprits.oracle import Subject
 
 # A kernel that does not serve forks by then is not used for it.
 READY_SECONDS = 20.0
@@ -59,6 +58,8 @@ MOST_LATE = 2
 # Processes that a limit must leave room for beside the snapshots: the kernel's threads, and ours.
 OTHER_PROCESSES = 48
 MOST_REASONS, LONGEST_REASON = 5, 100
+# Why forks are given up when a trial contradicts one of them.
+REFUTED = "a run from scratch ended in another way"
 # The text of the kernel's only cell. It runs when the forks are no longer needed.
 NOTHING = "pass"
 
@@ -90,7 +91,7 @@ class Forks:
         self._handover: RootHandover | None = None
         self._task: asyncio.Task[TrialResult] | None = None
         # The channels to root and snapshots, by the cells that they have run; last used last.
-        self._channels: dict[tuple[ForkCell, ...], ForkChannel] = {}
+        self._channels: dict[Cells, ForkChannel] = {}
         # The numbers under which the forks know cells, and those that each of them knows.
         self._numbers: dict[ForkCell, int] = {}
         self._received: dict[ForkChannel, set[int]] = {}
@@ -113,14 +114,14 @@ class Forks:
         states = ", ".join(self._unbranchable)
         return f"states that do not survive a fork: {states}" if states else None
 
-    def cells_of(self, indexes: Sequence[int], sources: Sequence[str] = ()) -> list[ForkCell]:
+    def cells_of(self, indexes: Sequence[int], sources: Sequence[str] = ()) -> Cells:
         """Return the cells to run, as they are in the notebook, or with parts of their sources."""
         texts = sources or [self._sources.get(index, "") for index in indexes]
-        return [
+        return tuple(
             ForkCell(index=index, source=text, may_raise=self._may_raise(index))
             for index, text in zip(indexes, texts, strict=True)
             if index in self._sources
-        ]
+        )
 
     async def answer(self, cells: Sequence[ForkCell], time_budget: float) -> ForkAnswer | None:
         """Run cells in a fork.
@@ -137,7 +138,7 @@ class Forks:
                 await self._start()
             deadline = time.monotonic() + time_budget
             answer = await self._run_and_judge(cells, time_budget)
-            if answer is not None and not (self.has_failed or answer.names or self._with_files):
+            if answer is not None and not (self.is_believed(answer) or self._with_files):
                 await self._prove(deadline - time.monotonic())
         except ForksFailed as reason:
             await self.end(str(reason))
@@ -147,6 +148,11 @@ class Forks:
     def may_answer(self, cells: Sequence[ForkCell]) -> bool:
         """Tell whether forks may run these cells: no fork may find the files of another one."""
         return self.ended is None and not any(cell.index in self._with_files for cell in cells)
+
+    def is_believed(self, answer: ForkAnswer) -> bool:
+        """Tell whether an answer counts without a trial from scratch."""
+        # Before any run has failed in a fork, nobody knows whether this failure can.
+        return self.has_failed or bool(answer.names)
 
     async def _prove(self, time_budget: float) -> None:
         """Run all cells in a fork, to check that the failure occurs there too.
@@ -292,7 +298,7 @@ class Forks:
         return most - sum(1 for cells in self._channels if cells)
 
     async def _ending(
-        self, channel: ForkChannel, cells: tuple[ForkCell, ...], skipped: int, deadline: float
+        self, channel: ForkChannel, cells: Cells, skipped: int, deadline: float
     ) -> ForkEnding:
         """Handle the messages of a run until it ends; return its ending. Raises ForksFailed."""
         ending = ForkEnding(cell=None, status=None)
@@ -321,9 +327,7 @@ class Forks:
             raise ForksFailed("a fork tells nonsense")
         return index
 
-    def _add_snapshot(
-        self, channel: ForkChannel, cells: tuple[ForkCell, ...], received: set[int]
-    ) -> None:
+    def _add_snapshot(self, channel: ForkChannel, cells: Cells, received: set[int]) -> None:
         if cells in self._channels or len(self._channels) > MOST_SNAPSHOTS:
             channel.close()
         else:

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from msgspec.structs import replace
 
-from safe_exec.experiments.culprits.hang import (
+from safe_exec.experiments.culprits.oracle.hang import (
     HangPicture,
     seconds_until_recognised,
 )

@@ -1,0 +1,1 @@
+"""Answers the culprit search's queries: by trials, in forks of a live kernel, or from the cache."""
