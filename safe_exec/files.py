@@ -111,7 +111,7 @@ def _reason(problem: OSError | ValueError) -> str:
 
 
 def _system_text(problem: OSError | ValueError) -> str:
-    """Return the system's error text, or our own for a name with invalid characters."""
+    """Return the system's error text, or our own text for a name with invalid characters."""
     if isinstance(problem, UnicodeEncodeError):
         return f"its name is not {problem.encoding.upper()} text"
     if isinstance(problem, ValueError):

@@ -133,7 +133,7 @@ class Inside:
     def at(self, line):
         """Record the running line, except in a forked child.
 
-        Between cells the record keeps the flag that the last cell has finished.
+        Between cells, keep the mark that the last cell has finished.
         """
         if not self.child:
             self.page.note_line(line if self.in_cell else line | layout.FINISHED)

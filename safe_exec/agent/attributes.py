@@ -36,7 +36,7 @@ def tell_attributes(inside, error):
 
 
 def attributes_of(inside, error):
-    """Return the exception and its causes, contexts and group members, the raised one first."""
+    """Return the attributes of an error, then those of its causes, contexts and group members."""
     rows, visited, waiting = [], set(), [(error, False)]
     while waiting and len(rows) < MOST_ERRORS:
         current, remote = waiting.pop(0)
@@ -56,7 +56,8 @@ def attributes_of(inside, error):
 def _row(inside, error, remote):
     """Return one exception's attributes.
 
-    ``remote`` is true for an exception that was only being handled when the next one was raised.
+    ``remote`` is true for a context: an exception that was being handled when another one was
+    raised.
     """
     kind = type(error)
     row = {"type": kind.__name__, "remote": remote}
@@ -162,6 +163,6 @@ def is_written(inside, name):
 
 
 def _user_site():
-    """Return the user's package directory; ``sys.path`` lacks it if it does not exist."""
+    """Return the user's package directory, which ``sys.path`` lacks if it does not exist."""
     site = sys.modules.get("site")
     return [site.USER_SITE] if getattr(site, "ENABLE_USER_SITE", False) else []

@@ -19,7 +19,10 @@ MOST_CODES = 300
 
 
 class Bodies:
-    """The texts and code objects of the running cell. ``names`` maps file names to line maps."""
+    """The texts and code objects of the running cell.
+
+    ``names`` maps the file names of texts to their line maps (see ``sources``).
+    """
 
     def __init__(self, inside):
         self.inside = inside
@@ -103,7 +106,7 @@ class Bodies:
 
 
 class Source:
-    """The source of code: the cell's number, and the line map."""
+    """The origin of code: the number of its cell, and its line map."""
 
     __slots__ = ("cell", "code", "line_map")
 
@@ -123,7 +126,10 @@ def parsed(text):
 
 
 def places(tree):
-    """Yield each simple statement, and its expression, with all positions."""
+    """Yield each statement without a body, dumped as text with its positions.
+
+    The value of an expression statement, or of an expression tree, is yielded too.
+    """
     if isinstance(tree, ast.Expression):
         yield ast.dump(tree.body, include_attributes=True)
     for node in ast.walk(tree):

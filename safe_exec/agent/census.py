@@ -325,7 +325,10 @@ class Census:
         return cell or 0
 
     def skipped(self):
-        """Return the ids of objects that belong to the kernel: namespace, modules, shell, agent."""
+        """Return the ids of objects to leave out, those of the kernel.
+
+        They are its namespace, the modules, the shell and the agent.
+        """
         shell = self.inside.shell
         return [id(thing) for thing in (self.namespace, sys.modules, shell, self)] + [
             id(thing) for thing in (self.inside, self.inside.page)

@@ -130,7 +130,7 @@ class Server:
     def serve(self, channel):
         """Answer the runner until it closes the channel; return an exit status.
 
-        In a process that runs cells this does not return.
+        Never returns in a process that runs cells.
         """
         while True:
             data = channel.recv(MESSAGE_BYTES)

@@ -77,6 +77,6 @@ class Growth:
         self.pieces = [list(item) for item in sums[: MOST_PIECES // 2]][::-1]
 
     def report(self):
-        """Return the largest rows: bytes, and the frames, innermost first."""
+        """Return rows of bytes and frames (innermost first), the largest rows first."""
         rows = sorted(self.by_frames().items(), key=lambda item: -item[1])
         return [[size, list(frames)] for frames, size in rows[:MOST_LINES] if frames]

@@ -135,7 +135,7 @@ class Modules:
         self.installed = []
 
     def update(self):
-        """Add the modules imported since the last call to ``own`` or ``installed``."""
+        """Add the modules imported since the last update, to ``own`` or to ``installed``."""
         fresh = list(itertools.islice(sys.modules.items(), self.count, self.count + MOST_MODULES))
         self.count = len(sys.modules)
         for name, module in fresh:

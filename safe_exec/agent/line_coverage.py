@@ -265,7 +265,7 @@ class LineCoverage:
 
 
 def patch_coverage(inside):
-    """Prepare to measure, if the runner has sent a file for it."""
+    """Prepare to measure line coverage, if the runner asks for it and has sent a file for it."""
     settings = inside.config.get("coverage")
     if settings is None:
         return

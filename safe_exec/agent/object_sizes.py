@@ -391,7 +391,7 @@ def count_instance(walk, thing, part, waiting):
 
 
 def count_object(walk, thing, part, waiting):
-    """Count an object of a type in C."""
+    """Count an object of a type that is implemented in C."""
     walk.partial += shallow_bytes(thing) * part.weight
     walk.add(gc.get_referents(thing), part, waiting)
 

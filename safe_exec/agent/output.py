@@ -59,7 +59,7 @@ def wiped_in_children():
 
 
 def patch_streams(inside):
-    """Journal writes before ipykernel buffers them; drop output far beyond the cap."""
+    """Journal writes before ipykernel buffers them; drop output far beyond the output limit."""
     from ipykernel.iostream import OutStream
 
     page = inside.page

@@ -155,7 +155,7 @@ class OwnActions:
             self.inside.fact(tracing=on, cell=self.inside.page.cell)
 
     def tell(self, frame, **fields):
-        """Report an action with its place. A forked child reports the signals that it sends."""
+        """Report an action with its place, even from a forked child."""
         self.inside.fact_of_any(**self.action(frame, **fields))
 
     def action(self, frame, **fields):

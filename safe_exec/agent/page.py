@@ -134,7 +134,7 @@ class Page:
         return switched
 
     def take_request(self):
-        """Tell whether the runner asked for the stacks of all threads, and forget it."""
+        """Tell whether the runner asked for the stacks of all threads, and clear its request."""
         if not self.memory[layout.REQUEST_AT]:
             return False
         self.memory[layout.REQUEST_AT] = 0

@@ -27,7 +27,7 @@ def on_gitlab() -> bool:
 
 
 def reports(*, github: bool, gitlab: bool) -> tuple[BatchReport, ...]:
-    """Return the reports that the CI system reads, beside those of every batch."""
+    """Return the reports that the CI system reads, in addition to those of every batch."""
     summary = os.environ.get(SUMMARY_VARIABLE, "") if github else ""
     return (
         *(

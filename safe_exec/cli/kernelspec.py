@@ -266,7 +266,7 @@ def _place(user: bool, sys_prefix: bool, prefix: Path | None) -> Path:
 
 
 def _refuse_to_replace(path: Path) -> None:
-    """Raise OutputPathError if a kernelspec of this name exists that is not ours."""
+    """Raise OutputPathError if safe-exec did not write an existing kernelspec of this name."""
     try:
         document = json.loads((path / "kernel.json").read_bytes())
         metadata = document["metadata"]

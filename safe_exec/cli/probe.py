@@ -54,7 +54,7 @@ class ProbeOptions(Struct, frozen=True, kw_only=True):
     mechanisms: str | None = None
 
     def arguments(self, *, without: LimitName) -> list[str]:
-        """Return the arguments of `safe-exec run` with the same effect, but for one limit."""
+        """Return the arguments of `safe-exec run` with the same effect, except for one limit."""
         figures = {name: text for name, text in self.figures.items() if name != without.value}
         argv = ["--limits", self.limits] if self.limits is not None else []
         argv += [*figure_arguments(figures), *self.walls.arguments()]

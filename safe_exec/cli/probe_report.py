@@ -154,7 +154,7 @@ def _sides(probe: ProbeReport, style: Style) -> Iterator[str]:
 
 
 def _side(label: str, text: str, style: Style) -> Iterator[str]:
-    """Yield one side of the bracket, on two lines if it is too long."""
+    """Yield the passing or the failing side of the result, on two lines if it is too long."""
     if len(_BLANK) + common.display_width(text) <= style.width:
         yield f"  {style.paint('dim', label)}{' ' * (_LABEL - len(label))}{text.rstrip()}"
     else:

@@ -48,12 +48,12 @@ class Context(Struct, frozen=True, kw_only=True):
         return self.language in (None, "python")
 
     def human(self, index: int | None) -> str:
-        """Return ``code cell 3``, counted from 1 as readers of the notebook count."""
+        """Name a cell: ``code cell 3``, counted from 1 as readers of the notebook count."""
         record = next((c for c in self.cells if c.index == index), None)
         return f"code cell {record.code_index + 1}" if record else "a cell"
 
     def frame(self, frame: Frame) -> str:
-        """Return ``copy_block, code cell 3, line 2``; for library code the file and its line."""
+        """Describe a frame: ``copy_block, code cell 3, line 2``, or file and line of a library."""
         if frame.cell is None:
             return f"{frame.function} ({frame.file}, line {frame.line})"
         own = frame.function.startswith(("<module>", "<cell line"))

@@ -205,7 +205,7 @@ def _attempt_warnings(run: RunInfo, status: Status) -> tuple[str, ...]:
 
 
 def _reasons(ending: Ending) -> tuple[str, ...]:
-    """Return the reason for a run that ended without a cause."""
+    """Return the reason why a run without a cause ended: the signal that cancelled it."""
     if isinstance(ending, Cancelled):
         return (f"stopped by {signal_name(ending.signal)}",)
     return ()

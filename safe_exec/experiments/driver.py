@@ -1,8 +1,8 @@
 """Drives a pure search, written as a generator, with a function that answers its queries.
 
-A search yields a query and expects the answer from ``send``. It returns its result. Because it
-does no work of its own, unit tests can answer from a table, and the number of queries can be
-asserted. Pure; imports nothing of ours.
+A search yields a query and expects the answer from ``send``. It returns its result. Because it does
+no work of its own, unit tests can answer from a table, and the number of queries can be asserted.
+Pure; imports no other module of safe-exec.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def isolated_request(
     limits: Limits | None = None,
     cleanup_if_runner_dies: tuple[str, ...] = (),
 ) -> TrialRequest:
-    """Return a silent copy of ``template`` with its own name, sandbox and workspace.
+    """Return a copy of ``template`` without listeners, with its own name, sandbox and workspace.
 
     ``node`` and ``limits`` replace those of the template. The keeper removes the paths in
     ``cleanup_if_runner_dies`` if this process is killed. Raises RerunFailed.
@@ -92,9 +92,9 @@ class RerunOptions(Struct, frozen=True, kw_only=True):
 class RerunResult(Struct, frozen=True, kw_only=True):
     """The result of one rerun.
 
-    ``request`` has the limits that the user would set for this run. ``cut``: the run exceeded its
-    time budget. ``slow``: it exceeded its deadline. ``seconds`` is wall time including the start of
-    the kernel.
+    ``request`` has the limits that were asked for, not the shorter timeout of the budget. ``cut``
+    is true if the run exceeded its time budget, and ``slow`` if it exceeded its deadline.
+    ``seconds`` is wall time including the start of the kernel.
     """
 
     # The request with the limits as the user knows them.

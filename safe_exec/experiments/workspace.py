@@ -328,7 +328,7 @@ class WorkspaceFactory(Struct, frozen=True, kw_only=True):
         }
 
     def _tmp(self, directory: Path, runtime: Path) -> list[dict[str, str]]:
-        """Return the mounts of a /tmp with only its earlier entries."""
+        """Return the mounts for a /tmp that has only the entries from before the first run."""
         # Each earlier name is bound into a fresh directory, which is bound over /tmp last.
         if self.snapshot.tmp is None:
             return []

@@ -278,7 +278,10 @@ async def run_console(argv: list[str]) -> None:
 
 
 def _print_output(client: Any) -> None:
-    """Print the text that the kernel sent before it asked for input, which uses another socket."""
+    """Print the text that the kernel sent before it asked for input.
+
+    Text and requests for input arrive on different sockets.
+    """
     with contextlib.suppress(queue.Empty):
         while True:
             content = client.get_iopub_msg(timeout=OUTPUT_SECONDS)["content"]

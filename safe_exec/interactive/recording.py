@@ -98,8 +98,8 @@ class Recording:
     ) -> Path | None:
         """Write the session's notebook and verdict.
 
-        Return the notebook's path, ``None`` on an error. ``survived``: an interrupt ended the cell,
-        and the kernel lives on. ``is_shown``: a cell shows the diagnosis.
+        Return the notebook's path, ``None`` on an error. ``survived`` is true if an interrupt ended
+        the cell and the kernel lives on, ``is_shown`` if a cell shows the diagnosis.
         """
         cause = verdict.cause.summary if verdict.cause else None
         line = {"ended": cause, "survived": survived, "shown": is_shown, "at": _now()}
@@ -237,7 +237,7 @@ def find(name: str) -> SessionFacts:
 
 
 def of_process(process: int) -> SessionFacts | None:
-    """Return the newest recording that a process has made, if any."""
+    """Return the newest recording that a process has made, or ``None``."""
     return next((facts for facts in sessions() if facts.process == process), None)
 
 

@@ -163,7 +163,7 @@ class Listener:
 
     @property
     def queued(self) -> int:
-        """Bytes in the longest queue."""
+        """The number of bytes in the longest queue of a client."""
         return max((peer.connection.unsent for peer in self.peers.values()), default=0)
 
     def drop_slowest(self) -> None:

@@ -70,7 +70,7 @@ class Message(Struct, frozen=True, kw_only=True):
 
     @property
     def size(self) -> int:
-        """Bytes of content and buffers."""
+        """The number of bytes of content and buffers."""
         return sum(map(len, self.frames[self.start + 4 :]))
 
     def content(self) -> dict[str, Any]:

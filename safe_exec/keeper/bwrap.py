@@ -106,7 +106,7 @@ class Bubblewrap:
     # --- in the keeper --------------------------------------------------------------------------
 
     def started(self, pid: int) -> None:
-        """Close the ends that belong to the child, which has its own copies."""
+        """Record the child's pid, and close our copies of its ends of sockets and pipes."""
         self.pid = pid
         self._init_end.close()
         os.close(self._release_r)
@@ -130,7 +130,7 @@ class Bubblewrap:
         return self.kernel_pid
 
     def release(self) -> None:
-        """Let the kernel's process go on, and wait until it has executed the kernel.
+        """Let the kernel's process continue, and wait until it has executed the kernel.
 
         Raises SetupFailed.
         """
@@ -232,7 +232,7 @@ def _write_config(fd: int, command: KernelCommand, setup: BwrapSetup) -> None:
 
 
 def make_disk(disk: LimitedDisk) -> file_tree.ConcurrentChanges:
-    """Make the file system that a run writes to, in a mount namespace of our own.
+    """Make the file system that a run writes to, in a mount namespace of the keeper.
 
     It holds the folder's present content, a /tmp, a home and a directory for sockets. The result
     later tells which files others changed in the folder. Raises OSError if the folder is too large

@@ -99,7 +99,10 @@ def _run_child(
 
 
 def _reap(pid: int, status: socket.socket) -> None:
-    """Reap processes until the kernel has ended, then report it; all others inside die with us."""
+    """Reap processes until the kernel has ended, then report it.
+
+    All others inside die with this process.
+    """
     while True:
         try:
             # Look first and reap afterwards: only a zombie still shows which signals it caught.

@@ -1,6 +1,6 @@
 """Reads, writes and removes cgroups through their files. Standard library only.
 
-The plan says which cgroups there are and what they contain (``sandbox/mechanisms/cgroup_v1.py``,
+The plan lists the cgroups and their content (``sandbox/mechanisms/cgroup_v1.py``,
 ``sandbox/mechanisms/cgroup_v2.py``).
 """
 

@@ -66,7 +66,7 @@ class Walls:
 
 
 class KernelCommand:
-    """The kernel's command, and the limits and walls that its process takes before it executes it.
+    """The command of a kernel, and the limits and walls that its process sets up first.
 
     ``rlimits`` are rows of resource number, soft and hard limit. ``open_files_soft`` is the soft
     limit on open files, ``None`` for as high as the hard one.
@@ -204,7 +204,8 @@ def _raise_walls(walls: Walls, folder: str) -> None:
 class SetupFailed(Exception):  # noqa: N818 - what happened to the child
     """The child did not become the kernel.
 
-    ``stage`` is "sandbox" (ours to answer for) or "command" (the kernelspec's).
+    ``stage`` is "sandbox" for a failure of safe-exec, and "command" for one of the kernelspec's
+    command.
     """
 
     def __init__(self, stage: str, message: str) -> None:

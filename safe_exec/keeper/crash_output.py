@@ -188,7 +188,7 @@ class CrashOutput:
             self._kernel_end = None
 
     def _read_following(self) -> bytes:
-        """Read the pieces that follow at once, up to a fatal report without ``_inspect``."""
+        """Read the pieces that follow at once, except a fatal report before its inspection."""
         # The handler writes a few dozen bytes and waits until they are read. Telling the runner of
         # each write, and checking the memory in between, took longer than the rest of a death.
         assert self._fault is not None

@@ -212,7 +212,7 @@ class ConcurrentChanges:
 
     ``copies`` are the fingerprints of a copy: whatever differs from them was changed by others.
     ``since`` is the start of an overlay, in nanoseconds: others' changes are visible through it at
-    once, so only entries that both sides changed are in question. Without both, no other program is
+    once, so only entries that both sides changed may conflict. Without both, no other program is
     assumed to write.
     """
 

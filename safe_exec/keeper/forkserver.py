@@ -21,7 +21,7 @@ REQUEST_BYTES = 8192
 
 
 def main(control_fd: int) -> None:
-    """Fork a keeper for each request: a descriptor, the name of its run, its directory."""
+    """Fork a keeper for each request, which holds a descriptor, a run's name and its directory."""
     os.set_inheritable(control_fd, False)
     control = socket.socket(fileno=control_fd)
     # Linux reaps the keepers for us; the runner waits for them by pidfd.
@@ -43,7 +43,10 @@ def main(control_fd: int) -> None:
 
 
 def _run_keeper(control_fd: int, run_id: str, directory: str) -> None:
-    """Run a keeper in the fork. Never returns, since a fork must not go on as a fork server."""
+    """Run a keeper in the fork.
+
+    Never returns, because a fork must not continue as a fork server.
+    """
     try:
         os.setsid()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -15,7 +15,7 @@ exchanges messages with it over a socket pair (``protocol``). The keeper
 6. at the end of the socket, whether the runner asked for it or died, kills the process tree,
    removes the cgroups and the runtime directory, and exits.
 
-``crash_output`` reads what a dying kernel writes. The keeper notes signals that are meant for the
+``crash_output`` reads the output of a dying kernel. The keeper notes signals that are meant for the
 runner (Ctrl-C in a terminal, a SIGTERM to the whole session at shutdown), but does not obey them:
 it has to outlive the runner.
 """
@@ -202,7 +202,10 @@ class Keeper:
             os.chown(path, owner, owner, follow_symlinks=False)
 
     def prepare_disk(self, plan: Spawn) -> None:
-        """Mount the file system of limited size in our own mount namespace: it ends with us."""
+        """Mount the file system of limited size in the keeper's own mount namespace.
+
+        The mount ends with the keeper.
+        """
         disk = plan.bwrap.disk if plan.bwrap is not None else None
         # A trial of a culprit search has mounts of its own. It makes the disk inside them, and none
         # of its files come back.
@@ -267,7 +270,7 @@ class Keeper:
         return None if self.exited else self.pid
 
     def read_kernel_ending(self) -> None:
-        """Receive the kernel's ending from the init inside bubblewrap, if it has come."""
+        """Receive the kernel's ending from the init inside bubblewrap, if it has arrived."""
         assert self.bubblewrap is not None
         ending = self.bubblewrap.kernel_ending()
         if ending is not None and not self.exited:
@@ -391,7 +394,7 @@ class Keeper:
         self.reap()
 
     def reap(self) -> bool:
-        """Reap dead children, adopted ones too; return true if any child remains, dead or alive."""
+        """Reap dead children, adopted ones too; return true if at least one child remains."""
         self.note_signal_handlers()
         while True:
             try:

@@ -1,7 +1,7 @@
 """Copies chosen files out of a run's private copy of its folder, before the copy disappears.
 
-Standard library only. All processes of the sandbox are dead, so nothing changes what is copied. The
-notebook chose the names and the contents: no link is followed on either side.
+Standard library only. All processes of the sandbox are dead, so the files do not change meanwhile.
+The notebook chose the names and the contents: no link is followed on either side.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def enter(mounts: Iterable[Mount], *, user_namespace: bool) -> None:
 
 
 def enter_own() -> None:
-    """Enter a mount namespace of our own, as root if that succeeds, else with a user namespace.
+    """Enter a new mount namespace, as root if that succeeds, else with a user namespace too.
 
     Raises OSError.
     """

@@ -27,7 +27,7 @@ class Delegation(NamedTuple):
 
 
 class CgroupSetup(NamedTuple):
-    """Cgroups to make (parents first), files to write, and files that join, kill and count.
+    """Cgroups to make (parents first), files to write, and files for joining, killing, counting.
 
     ``optional_writes`` are skipped if the file does not exist. ``memory_file`` holds the memory
     that is charged, ``memory_limit`` the limit it is compared with, in bytes.
@@ -64,7 +64,8 @@ class DiscardedPlace(NamedTuple):
 class LimitedDisk(NamedTuple):
     """A file system of limited size at ``base``, on which the run sees ``folder``.
 
-    ``size`` is in bytes. ``owner`` is the user id of everything on it, ``None`` for our own.
+    ``size`` is in bytes. ``owner`` is the id of the user who owns all files on it, ``None`` for the
+    keeper's own user.
     """
 
     base: str
@@ -115,9 +116,10 @@ class FaultingThread(NamedTuple):
 
 
 class ProcessAtFault(NamedTuple):
-    """The kernel process when its fault handler began a fatal report.
+    """The state of the kernel process when its fault handler began a fatal report.
 
-    The stack is the main thread's, in bytes.
+    ``at`` is monotonic time. ``stack_bytes`` and ``stack_limit`` are those of the main thread's
+    stack.
     """
 
     at: float

@@ -132,7 +132,7 @@ async def observe(subject: ObservedKernel) -> ActivityObservation:
 async def _stacks(
     subject: ObservedKernel, state: str | None
 ) -> tuple[tuple[Frame, ...], tuple[tuple[Frame, ...], ...], str | None]:
-    """Return the stacks of the main thread and of the others."""
+    """Return the stacks of the main thread and of the others, and the awaited coroutine's name."""
     # faulthandler answers the signal in C, so even a kernel whose C code holds the GIL answers.
     # Other kernels' stacks come from the last samples.
     rows, awaits = _sampled(subject)
@@ -235,7 +235,7 @@ def _state(pid: int) -> str | None:
 
 
 def _busiest(pid: int) -> str | None:
-    """Return "R" if any thread has work to do."""
+    """Return "R" if one of the threads has work to do, else "S"; ``None`` for an ended process."""
     # In a kernel without our agent, any thread may be the one that runs the cells.
     try:
         tasks = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
@@ -252,7 +252,7 @@ def _busiest(pid: int) -> str | None:
 
 
 def _most_common(calls: list[Call]) -> Call | None:
-    """Return the last call with the most frequent name."""
+    """Of the calls with the most frequent name, return the last one."""
     names = [call.name for call in calls]
     return (
         max(calls, key=lambda call: (names.count(call.name), calls.index(call))) if calls else None

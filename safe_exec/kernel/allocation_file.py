@@ -100,7 +100,7 @@ def without_reserved(rows: list[Any], peak: int | None) -> list[Any]:
 
 
 def lines_of(rows: list[Any], code: CellCode, peak: int | None) -> tuple[CensusLine, ...]:
-    """Return the bytes by stacks of cell lines. Raises ValueError or TypeError for other rows."""
+    """Return the bytes by stacks of cell lines. Raises ValueError or TypeError for invalid rows."""
     sums: dict[tuple[CensusSite, ...], int] = {}
     for size, _, stack in without_reserved(rows, peak):
         sites = _sites(stack, code)

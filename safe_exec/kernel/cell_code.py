@@ -61,7 +61,7 @@ class CellCode:
         return code
 
     def add(self, name: str, source: Source) -> None:
-        """Add a source; those beyond the bound are ignored."""
+        """Add a source; those beyond MOST_SOURCES are ignored."""
         if self._count < MOST_SOURCES:
             self._count += 1
             self._sources.setdefault(escaped(name), []).append(source)

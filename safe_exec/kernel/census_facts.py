@@ -17,7 +17,10 @@ MOST_BYTES = 1 << 47
 
 
 class CensusFacts:
-    """The last census of each cell, by the agent's number of the cell; 0 before the first one."""
+    """The last census of each cell.
+
+    The key is the agent's number of the cell, 0 before the first cell.
+    """
 
     def __init__(self) -> None:
         self._by_cell: dict[int, dict[str, Any]] = {}

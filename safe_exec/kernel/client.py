@@ -44,7 +44,7 @@ LOOK_SECONDS = 0.02
 
 
 class OutputAccounting:
-    """The output of one cell: bytes stored against its caps, and bytes received."""
+    """The output of one cell: bytes stored, its output limits, and bytes received."""
 
     def __init__(self) -> None:
         self.stored = 0

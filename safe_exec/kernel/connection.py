@@ -138,7 +138,7 @@ class Connection:
 
     @property
     def unsent(self) -> int:
-        """Bytes that wait until the socket has room."""
+        """The number of bytes that wait until the socket has room."""
         return len(self._out)
 
     def write(self, data: bytes) -> None:

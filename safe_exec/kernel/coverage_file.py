@@ -106,7 +106,7 @@ def record_of(data: bytes) -> CoverageRecord:
 
 
 def lost_rows(error: int) -> str:
-    """Return the warning about rows that the kernel could not write, with their errno."""
+    """Return the warning about rows that the kernel could not write; ``error`` is the errno."""
     if error == errno.EFBIG:
         reason = "its limit on the size of files is reached (raise --file-size)"
     elif error in (errno.ENOSPC, errno.EDQUOT):

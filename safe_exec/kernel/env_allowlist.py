@@ -27,7 +27,7 @@ _CREDENTIALS = lazy_pattern(r"://[^/@\s]+@")
 
 
 def listed_environment(env: Mapping[str, str], more: Iterable[str]) -> dict[str, str]:
-    """Return the listed variables of an environment, and those named in ``more``."""
+    """Return the variables of an environment that the list allows, and those in ``more``."""
     names = set(more)
     return {
         key: value

@@ -36,9 +36,10 @@ LONGEST = 500
 
 
 class Thread(Struct, frozen=True, kw_only=True):
-    """One thread of a dump. ``current``: it faulted or wrote the dump. Frames are innermost first.
+    """One thread of a dump, with its frames, the innermost first.
 
-    ``ident`` is ``None`` for the main thread's dump of its own stack.
+    ``current`` is true for the thread that faulted or wrote the dump. ``ident`` is ``None`` for the
+    main thread's dump of its own stack.
     """
 
     ident: int | None

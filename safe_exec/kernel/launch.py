@@ -46,7 +46,7 @@ class AgentChannels:
     """The shared page and both ends of the facts socket of one kernel."""
 
     def __init__(self) -> None:
-        """Create both. Raises SandboxError if the system cannot make the page."""
+        """Create the page and the socket. Raises SandboxError if there can be no page."""
         try:
             self.page = Page()
         except OSError as error:
@@ -459,8 +459,9 @@ def inside_config(
     """Return the agent's settings.
 
     The agent cuts output at its caps only if the client ``marks`` the missing part. With
-    ``strict_shell`` a failing ``!command`` raises. ``thorough``: the run only looks for the holders
-    of memory, and a census may take longer. ``forks``: the kernel runs no cells itself.
+    ``strict_shell`` a failing ``!command`` raises. ``thorough`` is true if the run only looks for
+    the holders of memory, so that a census may take longer. ``forks`` is true if the kernel runs no
+    cells itself.
     """
     cap = limits.cell_output if marks else None
     cut = None if cap is None else cap + MESSAGE_SLACK

@@ -1,4 +1,4 @@
-"""Behaviour of jupyter_client's local provisioner that ours must share.
+"""Behaviour that jupyter_client's local provisioner and safe-exec's must share.
 
 Source: jupyter_client's ``provisioning/local_provisioner.py`` and ``launcher.py``. Imports
 jupyter_client and zmq.

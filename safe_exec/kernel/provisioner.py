@@ -146,9 +146,9 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
         """Start the kernel inside its limits.
 
-        ``stdout`` and ``stderr`` are as for subprocess.Popen: by default the kernel inherits ours,
-        and attributes of these names hold the read ends of pipes. Raises FileNotFoundError for a
-        command or directory that does not exist.
+        ``stdout`` and ``stderr`` are as for subprocess.Popen: by default the kernel inherits those
+        of this process, and attributes of these names hold the read ends of pipes. Raises
+        FileNotFoundError for a command or directory that does not exist.
         """
         assert self.sandbox is not None and self.plan is not None
         env, cwd = kwargs.get("env", os.environ), str(kwargs.get("cwd") or os.getcwd())
@@ -272,7 +272,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
 
     @property
     def watches(self) -> bool:
-        """Whether a watchdog of ours enforces limits."""
+        """Whether a watchdog of safe-exec enforces limits."""
         return self.watchdog is not None or self._diskwatch is not None
 
     def check_last(self) -> None:
@@ -335,7 +335,7 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
             self.sandbox.signal(signal.SIGTERM)
 
     async def cleanup(self, restart: bool = False) -> None:
-        """Remove the sandbox, and return the ports unless a restart follows."""
+        """Remove the sandbox; give the ports back to jupyter_client unless a restart follows."""
         if self.ports_cached and not restart:
             for name in PORTS:
                 LocalPortCache.instance().return_port(self.connection_info[name])

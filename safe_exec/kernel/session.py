@@ -721,7 +721,7 @@ class KernelSession:
         self.meter.close()
 
     def close(self) -> None:
-        """End all processes and remove all files; ``cleanup`` lists what remains.
+        """End all processes and remove all files; ``cleanup`` lists those that remain.
 
         Can be called again.
         """

@@ -33,7 +33,7 @@ class Note(Struct, frozen=True, kw_only=True):
 
 
 class Sample(Struct, frozen=True, kw_only=True):
-    """One sample. ``wait`` is the wait for the GIL, ``place`` a hash of the code location."""
+    """One sample. ``wait`` is the wait for the GIL in seconds, ``place`` a hash of the location."""
 
     cell: int
     line: int

@@ -298,7 +298,7 @@ def frame(body: bytes, flags: int) -> bytes:
 
 
 def ready_command(kind: str, identity: bytes = b"") -> bytes:
-    """Return the READY command of a type of socket."""
+    """Return the READY command that announces a type of socket, such as ``DEALER``."""
     ready = b"\x05READY" + _property(b"Socket-Type", kind.encode())
     if identity:
         ready += _property(b"Identity", identity)
@@ -325,7 +325,7 @@ def ready_properties(command: bytes) -> dict[bytes, bytes]:
 
 
 def end_of_handshake(data: bytearray) -> int | None:
-    """Return the end of the other side's READY, ``None`` if it is incomplete.
+    """Return the position after the other side's READY command, ``None`` if it is incomplete.
 
     Raises ProtocolError.
     """

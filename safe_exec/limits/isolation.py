@@ -117,7 +117,7 @@ _FOUND = {
 
 
 def _located(error: msgspec.ValidationError) -> tuple[str, str, int | None]:
-    """Return the problem, the field, and the index of the item if the field is a list."""
+    """Split an error of msgspec into problem, field, and the index of the item in a list."""
     match = _PROBLEM.fullmatch(str(error))
     assert match is not None
     return match["problem"], match["name"], None if match["index"] is None else int(match["index"])

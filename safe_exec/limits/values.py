@@ -49,7 +49,7 @@ _PARSERS: Mapping[Kind, Callable[[object], Figure]] = {
 
 
 class Layer(Struct, frozen=True, kw_only=True):
-    """The limits from one source, by name, and the place of each."""
+    """The limits from one source, by name, and the place where each was set."""
 
     values: Mapping[str, Figure] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -72,7 +72,8 @@ def parse_layer(
 ) -> Layer:
     """Parse the ``limits`` section of a file. Raises LimitsError.
 
-    ``source`` names it in reports, by default its file name and line.
+    ``source`` names the section in reports. Without it, the source of a limit is its file name and
+    line.
     """
     values = _parse(
         ((key, value.scalar(key), value.location) for key, value in entries.items()),

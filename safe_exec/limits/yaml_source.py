@@ -115,7 +115,7 @@ def load(path: Path) -> Value:
 
 
 def _loader() -> Any:
-    """Return the loader in C, 60 times as fast as PyYAML's own, if it is usable."""
+    """Return the loader in C, 60 times as fast as PyYAML's own, or that one if C is not usable."""
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", None)

@@ -16,7 +16,7 @@ from safe_exec.model.verdict import CellStatus, Status
 
 
 def event_name(kind: str) -> str:
-    """``cell_started`` for ``CellStarted``."""
+    """Return the name of an event in JSON: ``cell_started`` for ``CellStarted``."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", kind).lower()
 
 
@@ -71,7 +71,7 @@ class OutputReceived(Event, frozen=True, kw_only=True):
 
 
 class UsageSampled(Event, frozen=True, kw_only=True):
-    """The sandbox's unreclaimable memory, processor seconds, processes; ``None``: not measured."""
+    """The sandbox's unreclaimable memory, processor seconds and processes; ``None``: unknown."""
 
     index: int | None
     memory: int | None

@@ -100,7 +100,7 @@ class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class FolderUse(StrEnum):
     """How a notebook uses its folder.
 
-    Changes in a copy are lost unless ``Isolation.write_back``.
+    Changes in a copy are lost unless ``Isolation.write_back`` is set.
     """
 
     WRITE = "write"
@@ -111,7 +111,7 @@ class FolderUse(StrEnum):
 class RepositoryUse(StrEnum):
     """The access to the repository around the folder.
 
-    ``closed``: no special access; it is as accessible as any other place.
+    With ``closed`` the repository is as accessible as any other place.
     """
 
     WRITE = "write"
@@ -178,7 +178,7 @@ class Wall(StrEnum):
 class Enforcement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The enforcement of a limit or wall.
 
-    ``hard``: the operating system enforces it without exception.
+    ``hard`` is true if the operating system enforces it without exception.
     """
 
     by: Mechanism

@@ -38,11 +38,12 @@ class CensusLine(Struct, frozen=True, kw_only=True):
 class Census(Struct, frozen=True, kw_only=True):
     """The holders of the kernel's memory at one moment, as claimed by the kernel.
 
-    ``cell`` is the index of the cell at whose end, or during which, it was taken; ``None`` before
-    the first cell. ``memory`` is the memory of the kernel process then, ``total`` the sum over all
-    holders, also those without a row. ``finished``: all holders were measured. ``complete``: every
-    object was counted, none was estimated from others. ``settled``: no cell ran, so no local
-    variable existed. ``lines`` are those that allocated memory.
+    ``cell`` is the index of the cell at whose end, or during which, the census was taken; it is
+    ``None`` before the first cell. ``memory`` is the memory of the kernel process then, ``total``
+    the sum over all holders, also those without a row. ``finished`` is true if all holders were
+    measured, ``complete`` if every object was counted and none was estimated from others, and
+    ``settled`` if no cell ran, so that no local variable existed. ``lines`` are the lines that
+    allocated memory.
     """
 
     cell: int | None
@@ -105,8 +106,8 @@ class MemoryUse(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     ``peak_bytes`` was measured outside. ``attributed_bytes`` is the sum over the holders,
     ``native_bytes`` the memory of the kernel process that no Python object held; the rest of the
-    peak is not attributed. ``complete``: no figure is an estimate. ``recording_error``: the reason
-    if memray's recording failed, so that the lines come from samples.
+    peak is not attributed. ``complete`` is true if no figure is an estimate. ``recording_error`` is
+    the reason why memray's recording failed, if it did; the lines then come from samples.
     """
 
     peak_bytes: Count | None

@@ -73,7 +73,7 @@ class ObservedLock(Struct, frozen=True, kw_only=True):
 
 
 class ChangedLimit(Struct, frozen=True, kw_only=True):
-    """A soft resource limit of the kernel that changed since it was ready; ``None``: unlimited."""
+    """A soft resource limit of the kernel that changed since it was ready (``None``: unlimited)."""
 
     name: str
     initial_value: int | None

@@ -351,8 +351,8 @@ class NotebookInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class CreatedFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A file that was created or changed while the notebook ran.
 
-    ``path`` is relative to the working directory. ``from_copy``: it was copied out of a private
-    copy of the folder (``--keep-files``).
+    ``path`` is relative to the working directory. ``from_copy`` is true if the file was copied out
+    of a private copy of the folder (``--keep-files``).
     """
 
     path: str

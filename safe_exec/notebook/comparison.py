@@ -51,10 +51,10 @@ _HASH_WIDTH, _HASH_HEIGHT = 9, 8
 class ComparisonRules(Struct, frozen=True, kw_only=True):
     """The rules by which outputs are compared.
 
-    ``lax``: only cells marked NBVAL_CHECK_OUTPUT. ``sanitizers`` are patterns with replacements,
-    applied to both sides in order. ``tolerance`` is the relative and absolute difference up to
-    which numbers are equal. ``image_distance`` is the number of bits, of 64, in which the
-    perceptual hashes of two images may differ; ``None``: images are not compared.
+    With ``lax`` only cells marked NBVAL_CHECK_OUTPUT are compared. ``sanitizers`` are patterns with
+    replacements, applied to both sides in order. Numbers count as equal up to a relative or
+    absolute difference of ``tolerance``. ``image_distance`` is the number of bits, of 64, in which
+    the perceptual hashes of two images may differ; ``None``: images are not compared.
     """
 
     lax: bool = False

@@ -141,7 +141,7 @@ class _Whole(Struct, frozen=True):
 
 
 def _for_a_file(node: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the notebook with its texts marked as nbformat splits them.
+    """Return the notebook with each text marked for its division into lines, as nbformat does it.
 
     Everything else is shared with the original.
     """
@@ -318,7 +318,7 @@ def _whole(text: _Whole) -> Iterator[str]:
 
 
 def _escaped(text: str) -> str:
-    """Return the inside of a JSON string."""
+    """Return a text as it stands between the quotes of a JSON string."""
     return _replaced(text, "\\n") if _is_plain(text) else encode_basestring(text)[1:-1]
 
 
@@ -328,7 +328,7 @@ def _is_plain(text: str) -> bool:
 
 
 def _replaced(text: str, newline: str) -> str:
-    """Return the inside of a JSON string for a plain text (see ``_is_plain``)."""
+    """Return a plain text (see ``_is_plain``) as it stands between the quotes of a JSON string."""
     # Searching for a character and replacing it is many times as fast as CPython's own escaping.
     for character, written in (*_ESCAPES, ("\n", newline)):
         if character in text:

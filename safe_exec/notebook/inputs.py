@@ -28,7 +28,7 @@ class ExitMeaning(StrEnum):
 
 
 def exit_meaning(text: str) -> ExitMeaning:
-    """Parse the name of a meaning. Raises UsageError."""
+    """Parse ``success`` or ``error``. Raises UsageError."""
     try:
         return ExitMeaning(text)
     except ValueError:
@@ -69,7 +69,7 @@ class CellSelection(Struct, frozen=True, kw_only=True):
 class NotebookInputs(Struct, frozen=True, kw_only=True):
     """Parameters by name, the cells to run, and the treatment of exit, shell commands and input.
 
-    ``strict_shell``: a failing ``!command`` raises. ``stdin`` answers ``input()``.
+    With ``strict_shell`` a failing ``!command`` raises. ``stdin`` holds the answers to ``input()``.
     """
 
     parameters: Mapping[str, Value] = field(default_factory=dict)

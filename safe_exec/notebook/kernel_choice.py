@@ -20,7 +20,7 @@ class KernelFallback(StrEnum):
 
 
 def kernel_fallback(text: str) -> KernelFallback:
-    """Parse the name of a choice. Raises UsageError."""
+    """Parse ``language`` or ``never``. Raises UsageError."""
     try:
         return KernelFallback(text)
     except ValueError:

@@ -220,7 +220,7 @@ def _has_metadata(cell: Any) -> bool:
 
 
 def _demand_few(data: bytes, path: Path) -> None:
-    """Reject files with too many containers."""
+    """Raise NotebookError for a file with too many containers."""
     # A file of 60 MB with nothing but `{}` takes gigabytes once it is parsed, and the runner has no
     # memory limit. Text may contain any number of brackets.
     if data.count(b"{") + data.count(b"[") <= MOST_CONTAINERS:

@@ -24,7 +24,7 @@ class OnFailure(StrEnum):
 
 
 def on_failure(text: str) -> OnFailure:
-    """Parse the name of a choice. Raises UsageError."""
+    """Parse ``keep`` or ``write``. Raises UsageError."""
     try:
         return OnFailure(text)
     except ValueError:
@@ -34,9 +34,9 @@ def on_failure(text: str) -> OnFailure:
 class OutputForm(Struct, frozen=True, kw_only=True):
     """The form in which an executed notebook is written.
 
-    ``in_place``: over the notebook itself, after a failure only with ``on_failure`` WRITE.
-    ``clean_metadata``: without times, figures and other traces of the run. ``no_output``: without
-    the outputs of cells.
+    With ``in_place`` it replaces the notebook itself; after a failure, only if ``on_failure`` is
+    WRITE. With ``clean_metadata`` it has no times, figures and other traces of the run, with
+    ``no_output`` no outputs of cells.
     """
 
     in_place: bool = False

@@ -1,7 +1,7 @@
 """Checks the structure of a version 4 notebook, as far as executing and writing rely on it.
 
 nbformat's JSON schema takes longer to load than a small notebook takes to run, and it rejects
-notebooks for a single harmless extra key. Imports nothing of ours.
+notebooks for a single harmless extra key. Imports no other module of safe-exec.
 """
 
 from __future__ import annotations

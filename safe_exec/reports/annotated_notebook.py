@@ -212,7 +212,10 @@ def _crashed(notebook: NotebookNode, crash: CrashCell | None) -> NotebookNode | 
 
 
 def _error_name(verdict: Verdict) -> str:
-    """Return ``SafeExec: out_of_memory``: the kind of the cause, or the status without one."""
+    """Return the name of the error: ``SafeExec: out_of_memory``.
+
+    It contains the kind of the cause, or the status if there is no cause.
+    """
     kind = verdict.cause.kind if verdict.cause is not None else verdict.status
     return f"{OUR_ERROR_PREFIX}: {kind.value}"
 

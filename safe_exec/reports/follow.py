@@ -1,7 +1,7 @@
 """Live output of cells, line by line, for a terminal or a log (``--follow``).
 
 Text of a notebook is only displayed: control characters are escaped, and lines that GitHub would
-take for commands are changed. A progress bar shows its last state, and occasionally one on the way.
+take for commands are changed. A progress bar shows its last state, and occasionally an earlier one.
 """
 
 from __future__ import annotations

@@ -351,7 +351,7 @@ class Progress:
         self._keep_ticking()
 
     def write_line(self, line: str, stream: str) -> None:
-        """Write a line of a cell's output above the line that is redrawn, quiet or not."""
+        """Write a line of a cell's output above the line that is redrawn, even in quiet mode."""
         quietly(lambda: write_output(self._stream, self._live, self._style, line, stream))
 
     def _show(self, event: events.Event) -> None:

@@ -72,7 +72,7 @@ def homes() -> tuple[Path, ...]:
 def interpreters(argv: Sequence[str], env: Mapping[str, str]) -> tuple[Path, ...]:
     """Return the environments of the kernel and of safe-exec, and our package.
 
-    Never a whole home.
+    None of the paths is a whole home directory.
     """
     ours = [Path(sys.prefix), Path(sys.base_prefix), Path(sys.exec_prefix)]
     wide = _wide()
@@ -202,9 +202,9 @@ def _linked(prefix: Path) -> list[Path]:
 
 
 def _named_in(module: Path) -> list[Path]:
-    """Return the existing absolute paths in a module's literals.
+    """Return the existing absolute paths in a module's string literals.
 
-    For ``__init__.py`` its package.
+    An ``__init__.py`` among them is replaced by the directory of its package.
     """
     # The module is parsed, not imported: its code belongs to the notebook's environment.
     try:

@@ -1,6 +1,6 @@
 """Records the restrictions of a run, and the places whose files are kept or discarded. Pure.
 
-The keeper lists the files of the latter before they are discarded.
+The keeper lists the files of the discarded places.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def _place(plan: SpawnPlan, paths: KernelPaths, path: Path, kind: str) -> Iterat
 
 
 def _beside_sockets(plan: SpawnPlan, paths: KernelPaths) -> Iterator[DiscardedPlace]:
-    """Yield the places beside the sockets."""
+    """Yield the discarded places that lie in the directory of the kernel's sockets."""
     # Under Landlock the kernel has another home, and /tmp is the machine's. Only that home and
     # TMPDIR are discarded.
     if plan.landlock and plan.isolation.hide_home:

@@ -1,6 +1,6 @@
 """Starts keepers.
 
-``safe-exec run`` starts its keeper before it imports any other module of ours.
+``safe-exec run`` starts its keeper before it imports any other module of safe-exec.
 """
 
 from __future__ import annotations

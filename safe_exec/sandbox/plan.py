@@ -34,7 +34,7 @@ class Delegation(Struct, frozen=True, kw_only=True):
 
 
 class CgroupPlan(Struct, frozen=True, kw_only=True):
-    """Cgroups to make (parents first), files to write, and files to join, kill and count.
+    """Cgroups to make (parents first), files to write, and files for joining, killing, counting.
 
     ``memory_file`` contains the memory that is charged now.
     """

@@ -46,9 +46,10 @@ class PriorityGuard:
         self._late_looks = 0
 
     def looked(self, late: float) -> int:
-        """React to a check that came ``late`` seconds late.
+        """Lower the priority of the notebook's threads if checks were late several times in a row.
 
-        Return how many threads' nice value was raised.
+        ``late`` is the delay of this check in seconds. Returns how many threads' nice value was
+        raised.
         """
         self._late_looks = self._late_looks + 1 if late > LATE_SECONDS else 0
         if self._late_looks < LATE_LOOKS:

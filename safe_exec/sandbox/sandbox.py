@@ -167,8 +167,9 @@ class Sandbox:
         """Ask the keeper to spawn the kernel; ``await_kernel`` waits for it.
 
         ``{name}`` in ``argv`` becomes the descriptor number of that name in ``pass_fds``, as the
-        kernel sees it. Descendants of ``tracer`` may trace the kernel. ``discarded`` are places, in addition to those of the ``walls``, whose files
-        are listed before they disappear. Raises SandboxError if the keeper did not start.
+        kernel sees it. Descendants of ``tracer`` may trace the kernel. ``discarded`` are places, in
+        addition to those of the ``walls``, whose files are listed before they disappear. Raises
+        SandboxError if the keeper did not start.
         """
         self.wait_ready()
         self._write_note(plan)

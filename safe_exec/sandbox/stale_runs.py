@@ -42,7 +42,7 @@ def note_path(run_id: str) -> Path:
 
 
 def write_note(path: Path, note: Mapping[str, object]) -> None:
-    """Write a note, before the cgroups and directories in it are made."""
+    """Write a note, before the cgroups and directories that it names are made."""
     # The directory may be in /tmp, so do not follow a link.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "w") as handle:
@@ -88,10 +88,10 @@ def _alive(pid: int, started: int) -> bool:
 
 
 def clean(note: Mapping[str, object], *, orphaned: bool = True) -> list[str]:
-    """Kill the processes in the noted cgroups; remove the cgroups and directories.
+    """Kill the processes in the noted cgroups, and remove the cgroups and directories.
 
-    Returns the remaining paths. ``orphaned``: the runner has ended too, so remove its own
-    directories as well.
+    Returns the remaining paths. With ``orphaned`` the runner has ended too, so its own directories
+    are removed as well.
     """
     groups, directories = _paths(note["cgroup_dirs"]), _paths(note["directories"])
     directories += _paths(note.get("orphans", [])) if orphaned else []

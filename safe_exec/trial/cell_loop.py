@@ -77,9 +77,9 @@ class CellEnd(Struct, frozen=True, kw_only=True):
 class CellLoop:
     """Runs the cells of one trial in its kernel.
 
-    While the kernel runs a cell, the bookkeeping of the cell before it is done. Whatever decides
-    whether the next cell may run, and every figure of the cell that has ended, is taken before the
-    next cell is sent.
+    While the kernel runs a cell, this class finishes the bookkeeping of the previous one. Whatever
+    decides whether the next cell may run, and every figure of the cell that has ended, is taken
+    before the next cell is sent.
     """
 
     def __init__(self, state: TrialState) -> None:
@@ -391,7 +391,7 @@ class CellLoop:
             await self._stop_for_death(index)
 
     def _error_of(self, index: int | None) -> CellError | None:
-        """Return the error that a finished cell answered with, or that its outputs show."""
+        """Return the error of a finished cell, from its reply or from its outputs."""
         client = self.session.client
         if index is None:
             return None
@@ -516,7 +516,7 @@ class CellLoop:
     # --- one cell's bookkeeping -------------------------------------------------------------------
 
     def _record_start(self, index: int, cell: Any, moment: float, reading: Reading | None) -> None:
-        """Record the end of the cell before, and the start of this one."""
+        """Record the end of the previous cell, and the start of this one."""
         self._record_last_end()
         self.metrics.begin(index, moment, reading)
         code_index = self.metrics.code_index(index)

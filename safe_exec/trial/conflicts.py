@@ -49,7 +49,7 @@ class Lookup:
     """Looks up names outside the sandbox, with one system call each."""
 
     def __init__(self, *, bare_root: bool = False) -> None:
-        """Create a lookup. ``bare_root``: the kernel is root without capabilities."""
+        """Create a lookup. ``bare_root`` is true if the kernel is root without capabilities."""
         # The kernel is root without capabilities, so file modes apply to it.
         self.remaining_lookups = MOST_LOOKUPS
         self.bare_root = bare_root
@@ -87,7 +87,7 @@ class Lookup:
         return not self.bare_root or _may_bare_root(path, access_mode)
 
     def real(self, path: str) -> str:
-        """Resolve the links in a path; one that nobody may resolve stays as it is."""
+        """Resolve the links in a path; return it with its links if that is not possible."""
         self.remaining_lookups -= 1
         if self.remaining_lookups < 0:
             return path
@@ -150,7 +150,7 @@ class Reach:
         return self._tops[path]
 
     def leads_to(self, folder: str) -> bool:
-        """Tell whether a directory exists inside: it can be reached, or leads to what can be."""
+        """Tell whether a directory exists inside: it, or a part of it, is accessible."""
         if self.to(folder) is not Access.HIDDEN:
             return True
         below = f"{folder.rstrip('/')}/"
@@ -164,8 +164,8 @@ class Sight(Struct, frozen=True, kw_only=True):
     """Resolves names as the cell does: relative to its working directory, with the kernel's home.
 
     ``cwd``, ``sys_path`` and ``search`` (PATH) are the kernel's claims; ``env`` is the environment
-    outside. ``other_user``: the kernel runs as a user who owns nothing. ``r_version`` is the
-    version of R, for an R kernel.
+    outside. ``other_user`` is true if the kernel runs as a user who owns nothing. ``r_version`` is
+    the version of R, for an R kernel.
     """
 
     facts: IsolationFacts
@@ -224,7 +224,7 @@ class Sight(Struct, frozen=True, kw_only=True):
 def conflicts(
     needs: Sequence[Need], sight: Sight, lookup: Lookup | None = None
 ) -> tuple[IsolationConflict, ...]:
-    """Return the needs that isolation refused."""
+    """Return a conflict for each need that isolation refused."""
     # If a lookup takes longer than SECONDS, its name and all following ones are left out.
     # bubblewrap drops the capabilities of a root that gets a read-only system
     # (mechanisms/bubblewrap.py).
@@ -352,7 +352,7 @@ class _Finder:
         return _conflict(need, Access.HIDDEN, path=real, allow=(real,), usable=usable, moved=moved)
 
     def _is_write(self, need: Need, access: Access) -> bool:
-        """Tell whether the cell wanted to write."""
+        """Tell whether the cell tried to write."""
         # A read-only file system refuses only writes, and Landlock permits reading everything
         # visible.
         refused_by_landlock = (

@@ -66,7 +66,7 @@ def crash_site(state: TrialState, ending: Ending, fault: FaultReport | None) -> 
 
 
 def _past_loop_header(location: CellLocation, source: str) -> CellLocation:
-    """Return the location, moved from an endless loop's first line to its body of one line."""
+    """Move a location from the first line of an endless loop to the only line of its body."""
     # Python switches threads and handles signals at a loop's backward jump. Since Python 3.11 this
     # jump has the line number of `while`. An observer outside therefore finds the loop at that
     # line, even though `while True` itself does nothing.

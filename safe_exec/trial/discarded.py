@@ -18,9 +18,8 @@ def discarded_warning(
 ) -> str | None:
     """Return a line that names the largest lost files and how to keep them.
 
-    ``None`` without losses.
-
-    ``writable_helps``: the kernel's user could write to a directory that ``--writable`` opens.
+    Returns ``None`` if no file was lost. ``writable_helps`` is true if the kernel's user could
+    write to a directory that ``--writable`` opens.
     """
     if not discarded.groups:
         return None

@@ -21,7 +21,7 @@ NOBODY_TYPES = "StdinNotImplementedError"
 
 
 class FoundError(Struct, frozen=True, kw_only=True):
-    """The error, and whether a debugger started after it that asked for input."""
+    """The error of a cell, and whether a debugger that asked for input started after it."""
 
     error: CellError
     debugger: bool = False

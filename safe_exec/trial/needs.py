@@ -181,11 +181,11 @@ class Need(Struct, frozen=True, kw_only=True):
     """One thing that a cell asked for and was refused, as the cell named it.
 
     ``number`` is the error number, and ``says_missing`` tells whether the system itself said
-    ENOENT. ``exact``: it is an attribute of the exception, or the only thing that the refusal is
-    about. ``writes`` tells whether it was to be written, if that is known; ``may_write`` is true if
-    the source suggests it. ``line`` is the text that names it. ``cell`` is the cell that named it,
-    and ``in_output`` tells whether it did so in its output. ``remote``: the exception was only
-    being handled when another one ended the cell.
+    ENOENT. ``exact`` is true if the name is an attribute of the exception, or the only thing that
+    the refusal is about. ``writes`` tells whether the cell tried to write it, if that is known;
+    ``may_write`` is true if the source suggests it. ``line`` is the text that names it. ``cell`` is
+    the cell that named it, and ``in_output`` tells whether it did so in its output. ``remote`` is
+    true if the exception was only being handled when another one ended the cell.
     """
 
     kind: NeedKind
@@ -249,7 +249,7 @@ def needs_of_output(text: str, removed: Iterable[str], cell: int) -> list[Need]:
 def needs_of_none(
     error: CellError, sources: Iterable[str], lines: Iterable[str], removed: Iterable[str]
 ) -> list[Need]:
-    """Return variables that ``os.getenv`` returned as None, if the error is about a None.
+    """Return variables for which ``os.getenv`` returned None, if the error is about a None.
 
     ``sources`` are the cells up to the failed one, ``lines`` those in the traceback. One of these
     lines must ask for the variable, or use the name that it was assigned to.
@@ -270,7 +270,7 @@ def needs_of_none(
 
 
 def needs_of_empty(error: CellError, sources: Sequence[str], lines: Iterable[str]) -> list[Need]:
-    """Return paths that a cell only asked about (``glob``, ``exists``).
+    """Return paths that a cell looked for without opening them (``glob``, ``exists``).
 
     A hidden path gives an empty answer, and the error comes later. ``sources`` are the cells up to
     the failed one, ``lines`` those in the traceback. A path is returned if one of these uses the
@@ -430,7 +430,7 @@ def _lines_of(texts: Iterable[str]) -> list[str]:
 
 
 def _direct(line: str) -> str | None:
-    """Return the text right before the refusal, if it is a single name."""
+    """Return the text right before the words of a refusal, if it is a single name."""
     match = _BEFORE.search(line)
     name = match[1].strip() if match else ""
     if name.startswith(("cannot ", "can't ", "failed to ", "unable to ")) or any(

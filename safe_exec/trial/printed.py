@@ -44,7 +44,7 @@ def printed_traceback(
 
 
 def stderr_tail(cell: Any, late: str) -> str:
-    """Return the end of a cell's stderr, ``late`` text that had not arrived included."""
+    """Return the end of a cell's stderr and of ``late``, text that is not in its outputs."""
     text = "".join(map(_text, cell.get("outputs", ()))) + without_colours(late)
     return text[-LONGEST_TEXT:]
 

@@ -29,7 +29,7 @@ OUTPUT_CHARACTERS = 1 << 16
 
 
 def raised_by(state: TrialState, error: CellError) -> ReportedErrors | None:
-    """Return the attributes of the error that ended the current cell, as reported."""
+    """Return the attributes of the error that ended the current cell, as claimed inside."""
     reported_errors = state.session.agent_facts.raised.get(state.number_now(), ())
     return next(
         (

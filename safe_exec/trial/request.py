@@ -54,7 +54,7 @@ class HangRecognition(Struct, frozen=True, kw_only=True):
 
     ``is_known`` tells whether an observation of the running cell shows the known hang. It has to do
     so for ``seconds`` without a break. Then ``goes_on`` is called with the last observation: if it
-    returns true, the cell is not looked at any more and runs until its time is up.
+    returns true, the cell is no longer observed and runs until its time is up.
     """
 
     cell: int
@@ -68,9 +68,9 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
 
     ``node`` is a stripped notebook; outputs are added to it in place. ``cells`` are the indexes to
     run (``None``: all), and ``cell_limits`` returns the limits of one cell. ``before_cells`` is
-    awaited once the kernel is ready. ``hasty``: a kernel whose cells have run is killed instead of
-    shut down, since nobody needs the effects of its exit hooks. ``with_locals``: the native stack
-    of a crash shows local variables. ``early`` is a kernel that was started in advance.
+    awaited once the kernel is ready. With ``hasty`` a kernel whose cells have run is killed instead
+    of shut down, since nobody needs the effects of its exit hooks. With ``with_locals`` the native
+    stack of a crash shows local variables. ``early`` is a kernel that was started in advance.
     ``on_message`` is called with each message that changed a cell (the cell's index, and the
     message as it is stored); it must not raise. ``hang`` is a hang to recognise.
     """
@@ -126,7 +126,7 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
 class TrialResult(Struct, frozen=True, kw_only=True):
     """The observations of a trial. ``node`` is the notebook with its outputs.
 
-    ``instrumented``: safe-exec's agent ran inside the kernel.
+    ``instrumented`` is true if safe-exec's agent ran inside the kernel.
     """
 
     ending: Ending

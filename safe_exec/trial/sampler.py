@@ -28,8 +28,8 @@ FLOOD_FACTOR = 16
 def sampled_places(session: KernelSession, number: int) -> list[tuple[int, int]]:
     """Return the lines of cells on the stack of the main thread, innermost first.
 
-    ``number`` is the agent's number of the running cell. Without a sample since its last statement
-    began it is the line of that statement.
+    ``number`` is the agent's number of the running cell. If the agent has not sampled the current
+    statement yet, the result is the line of that statement.
     """
     page = session.page
     if page is None or not number:
@@ -104,7 +104,7 @@ class Sampler:
         self._check_for_flood()
 
     def _profile(self) -> None:
-        """Charge the time since the last sample to the lines that the agent sampled last."""
+        """Charge the time since the last call to the lines in the agent's latest sample."""
         state = self.state
         record = state.metrics.records.get(state.current) if state.current is not None else None
         # A process that is held at its fault runs no code.

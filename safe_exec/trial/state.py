@@ -141,7 +141,7 @@ class TrialState:
             )
 
     def forget_observation(self) -> None:
-        """Drop the observation of a cell that goes on."""
+        """Drop the observation of a cell that continues."""
         self.observation = self.observed_at = self.printed = None
         self.stderr_in_time = ""
         self.tasks_at_timeout = self.oom_kills_in_time = self.cell_active = None

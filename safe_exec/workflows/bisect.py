@@ -336,9 +336,9 @@ def _with_culprits(
 
 
 def _memory_use(verdict: Verdict, outcome: InvestigationResult) -> MemoryUse | None:
-    """Return the holders of memory, by the trial that observed them or by the first run.
+    """Return the holders of memory, from the trial that observed them or from the first run.
 
-    ``better_use`` chooses if both name the same kind of cause.
+    ``better_use`` chooses between the two if they have the same kind of cause.
     """
     from safe_exec.diagnosis.memory_use import better_use, in_notebook, memory_use
     from safe_exec.diagnosis.verdict import context_of

@@ -23,7 +23,7 @@ SKIPPED = frozenset({"__pycache__", "node_modules"})
 
 
 class CreatedFiles(NamedTuple):
-    """Files in the order of their paths; not ``is_complete`` if there are more."""
+    """Files in the order of their paths. ``is_complete`` is false if there are more."""
 
     files: tuple[CreatedFile, ...]
     is_complete: bool
@@ -52,7 +52,7 @@ def created_files(
 
 
 class _Walk:
-    """A walk within a budget of time and entries."""
+    """Walks a folder within a budget of time and of entries."""
 
     def __init__(self, own_paths: Collection[Path]) -> None:
         self.is_complete = True

@@ -115,7 +115,7 @@ class Continuation(Struct, kw_only=True):
 
 
 def _sum(a: Usage, b: Usage) -> Usage:
-    """Return the usage of two trials, one after the other."""
+    """Return the joint usage of two trials that ran one after the other."""
 
     def both(first: Any, second: Any, combine: Callable[[Any, Any], Any]) -> Any:
         # What one of the trials did not measure is unknown for both.

@@ -176,14 +176,14 @@ def _patterns(patterns: Iterable[str], base: Path) -> Iterable[str]:
 
 
 class WrittenCoverage(Struct, frozen=True, kw_only=True):
-    """The data file of a run, and warnings about what was not measured."""
+    """The data file of a run, and warnings about missing measurements."""
 
     path: Path | None = None
     warnings: tuple[str, ...] = ()
 
 
 def write_coverage(run: CoverageRun, stem: str, run_id: str) -> WrittenCoverage:
-    """Write what the kernel recorded beside the configured data file, under a name of its own."""
+    """Write the kernel's record to a file of its own, beside the configured data file."""
     record = run.file.read()
     warnings = tuple(_warnings(record))
     lines = _of_files(record.lines, run)

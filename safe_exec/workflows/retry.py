@@ -103,7 +103,7 @@ class RetryPolicy(Struct, frozen=True, kw_only=True):
 def retry_policy(retries: int | None, pattern: str | None, option: str) -> RetryPolicy:
     """Build a policy; with a pattern alone there are two retries. Raises UsageError.
 
-    ``option`` is the name of the pattern in errors.
+    ``option`` is the name of the pattern's option in errors.
     """
     if pattern is None:
         return RetryPolicy(retries=retries or 0)

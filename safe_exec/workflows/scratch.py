@@ -40,7 +40,7 @@ class ScratchRuns(Struct, frozen=True, kw_only=True):
 
 @contextlib.asynccontextmanager
 async def open_scratch(prepared: PreparedJob) -> AsyncIterator[ScratchRuns]:
-    """Copy the folder as it is at this moment, and run in copies of that copy.
+    """Copy the folder as it is now; each run uses a new copy of that copy.
 
     A signal ends the current run; ``cancellation`` prevents later ones. Raises SandboxError if the
     folder cannot be copied.

@@ -1,7 +1,7 @@
 """The messages between the runner, the tasks on dask workers, and the processes of notebooks.
 
-All of them are pickled: by dask between machines, by us between a worker and its processes. Both
-ends run the same version of safe-exec (``WorkerFacts.version``).
+All of them are pickled: by dask between machines, by safe-exec between a worker and its processes.
+Both ends run the same version of safe-exec (``WorkerFacts.version``).
 """
 
 from __future__ import annotations

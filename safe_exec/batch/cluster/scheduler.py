@@ -1,9 +1,9 @@
 """Run the notebooks of a batch on the workers of a dask cluster.
 
-dask places the tasks and repeats those whose worker was lost. This module keeps what dask cannot
-know: which notebooks have finished (the journal), which start is the first one, and how often a
-notebook lost its worker. A task starts its notebook only with this module's permission, so a
-notebook that is in the journal never runs again.
+dask places the tasks and repeats those whose worker was lost. This module keeps the facts that dask
+cannot know: which notebooks have finished (the journal), which start is the first one, and how
+often a notebook lost its worker. A task starts its notebook only with this module's permission, so
+a notebook that is in the journal never runs again.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ from safe_exec.workflows.prepare import Bisect, Job, command_line
 class JobOptions(Struct, frozen=True, kw_only=True):
     """The options that describe a job, as the user gave them.
 
-    ``limits`` names a profile or a file; ``figures`` override it.
+    ``limits`` names a profile or a file; ``figures`` are single limits that override it.
     """
 
     limits: str | None

@@ -1,4 +1,4 @@
-"""The options for notebooks that fail now and then."""
+"""The options for notebooks that fail only sometimes."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ DAMAGED_EARLIER = (
 
 
 def stack_overflow(context: Context) -> Cause | None:
-    """A segmentation fault past the end of the thread's stack."""
+    """Recognise a segmentation fault past the end of the thread's stack."""
     evidence = context.evidence
     fault = evidence.fault
     if not _died_of(context, (signal.SIGSEGV, signal.SIGBUS)) or fault is None:
@@ -120,7 +120,10 @@ def stack_overflow(context: Context) -> Cause | None:
 
 
 def unreported_overflow(context: Context) -> Cause | None:
-    """A segmentation fault without a report, although the fault handler was armed until the end."""
+    """Recognise a segmentation fault without a report, although the fault handler was armed.
+
+    The thread had no space left for the handler, which makes a stack overflow likely.
+    """
     # The handler has a stack of its own in the main thread and in Python's threads
     # (agent/threads.py). In any other thread it runs on the thread's stack. If that is full, the
     # system cannot call the handler and ends the process. The same happens in a thread that blocks
@@ -156,7 +159,7 @@ def unreported_overflow(context: Context) -> Cause | None:
 
 
 def _full_main_stack(context: Context, fault: FaultReport) -> Cause | None:
-    """The main thread's stack had grown to its limit."""
+    """Recognise a main thread whose stack had grown to its limit."""
     evidence = context.evidence
     # VmStk describes the main thread's stack only.
     if fault.main is False:
@@ -190,7 +193,7 @@ def _full_main_stack(context: Context, fault: FaultReport) -> Cause | None:
 
 
 def fault(context: Context) -> Cause | None:
-    """The kernel died of a fault signal, such as SIGSEGV or SIGABRT."""
+    """Recognise a death by a fault signal, such as SIGSEGV or SIGABRT."""
     # Other signals are no faults of native code; the exit rules explain them.
     if not _died_of(context, tuple(KINDS)):
         return None

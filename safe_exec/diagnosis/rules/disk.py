@@ -118,7 +118,7 @@ class _Claim(Struct, frozen=True, kw_only=True):
 
 
 def full(context: Context) -> Cause | None:
-    """A cell error caused by a full disk, whatever its wording."""
+    """Recognise a cell error caused by a full disk, whatever its wording."""
     # The kernel is alive, so the volumes could be measured right after the error.
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None:
@@ -150,7 +150,7 @@ def full(context: Context) -> Cause | None:
 
 
 def bus_error(context: Context) -> Cause | None:
-    """SIGBUS while a file system in memory is full.
+    """Recognise SIGBUS while a file system in memory is full.
 
     A mapped file had no space for the accessed page.
     """
@@ -228,7 +228,7 @@ def _full_volume(
 ) -> Volume | None:
     """Return the volume with the least free space, if it has too little.
 
-    ``scarce``: some space may be left, as after a write that was rolled back.
+    With ``scarce`` the volume may have some space left, as after a write that was rolled back.
     """
     evidence = context.evidence
     volumes = list(evidence.volumes)

@@ -217,7 +217,7 @@ POLARS_ABORTS = lazy_pattern(r"memory usage exceeded POLARS_OOMKILL_THRESHOLD")
 
 
 def own_limit(context: Context) -> Cause | None:
-    """A cell error in which an engine reports that its own limit was reached."""
+    """Recognise a cell error in which an engine reports that its own limit was reached."""
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None:
         return None
@@ -287,7 +287,7 @@ def _confidence(context: Context) -> Confidence:
 
 
 def aborted(context: Context) -> Cause | None:
-    """Polars reported that its memory threshold was exceeded, and aborted the process."""
+    """Recognise an abort by Polars, which reports first that its memory threshold was exceeded."""
     evidence = context.evidence
     status = evidence.exit
     # abort() is the only way in which polars ends the process.

@@ -13,7 +13,10 @@ MOST_DIFFERENCES = 5
 
 
 def stdin(context: Context) -> Cause | None:
-    """A cell asked for input with ``input()``, ``getpass()`` or a debugger, which is refused."""
+    """Recognise a cell that asked for input.
+
+    ``input()``, ``getpass()`` and debuggers are refused.
+    """
     error = context.evidence.error
     if (
         not isinstance(context.ending, CellFailed)
@@ -40,7 +43,7 @@ def stdin(context: Context) -> Cause | None:
 
 
 def exception(context: Context) -> Cause | None:
-    """A cell raised an exception. The kernel is alive, since an exception does not kill it."""
+    """Recognise a cell that raised an exception; an exception does not kill the kernel."""
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None:
         return None
@@ -81,7 +84,7 @@ def _printed(context: Context) -> tuple[Fact, ...]:
 
 
 def outputs_differ(context: Context) -> Cause | None:
-    """Every cell ran, and outputs differ from those that are stored in the notebook."""
+    """Recognise a run of all cells with outputs that differ from those stored in the notebook."""
     ending = context.ending
     if not isinstance(ending, OutputsDiffer):
         return None
@@ -111,6 +114,6 @@ def outputs_differ(context: Context) -> Cause | None:
 
 
 def unknown(context: Context) -> Cause | None:
-    """No other rule explains the ending."""
+    """Return the cause ``unknown``, for an ending that no other rule explains."""
     summary = "no rule explains how the run ended; only the evidence is known"
     return make(context, CauseKind.UNKNOWN, summary, Confidence.GUESS, exit_facts(context.evidence))

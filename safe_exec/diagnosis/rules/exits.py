@@ -29,9 +29,9 @@ FAULTS = {
 
 
 def supervisor_killed(context: Context) -> Cause | None:
-    """The kernel's parent process was killed, and the kernel with it.
+    """Recognise a kernel that was killed together with its parent process.
 
-    The kernel's exit status is unknown.
+    The kernel's exit status is unknown then.
     """
     if (
         not isinstance(context.ending, Died)
@@ -50,7 +50,7 @@ def supervisor_killed(context: Context) -> Cause | None:
 
 
 def asked_to_exit(context: Context) -> Cause | None:
-    """``exit()`` or ``quit()``: the reply asked the frontend to end the kernel.
+    """Recognise ``exit()`` or ``quit()``: the reply asked the frontend to end the kernel.
 
     Cells that follow may still have run before the kernel ended.
     """
@@ -76,7 +76,7 @@ def asked_to_exit(context: Context) -> Cause | None:
 
 
 def exited(context: Context) -> Cause | None:
-    """The kernel exited without a reply; even status 0 is no pass."""
+    """Recognise a kernel that exited without a reply; even status 0 is no pass."""
     evidence = context.evidence
     if (
         not isinstance(context.ending, Died)
@@ -117,7 +117,7 @@ def exited(context: Context) -> Cause | None:
 
 
 def signalled(context: Context) -> Cause | None:
-    """A signal that neither a limit nor a fault explains."""
+    """Recognise a death by a signal that neither a limit nor a fault explains."""
     status = context.evidence.exit
     if (
         not isinstance(context.ending, Died)

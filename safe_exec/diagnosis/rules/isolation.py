@@ -43,7 +43,7 @@ WRITE_HERE = "Write into the notebook's folder."
 
 
 def refused_access(context: Context) -> Cause | None:
-    """The cell's error comes from something that isolation took away."""
+    """Recognise a cell error that comes from something that isolation took away."""
     if not isinstance(context.ending, CellFailed) or context.evidence.error is None:
         return None
     conflict = next(

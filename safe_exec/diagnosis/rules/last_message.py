@@ -71,7 +71,7 @@ _TRACEBACK = "Traceback (most recent call last):"
 
 
 class Message(Struct, frozen=True, kw_only=True):
-    """The lines of a message, their channel, and the seconds from the last line to the end."""
+    """A message: its lines, its channel, and its age at the end of the process, in seconds."""
 
     lines: tuple[str, ...]
     channel: Channel
@@ -125,7 +125,7 @@ def last_message(
 
 
 def _native(bursts: Sequence[OutputBurst]) -> Message | None:
-    """Return the last burst of native code that contains more than a stack trace."""
+    """Return the last burst of output from native code that is more than a stack trace."""
     for burst in reversed(bursts):
         if (
             burst.channel is Channel.DESCRIPTOR

@@ -53,7 +53,7 @@ NEARLY = 0.9
 
 
 def output_flood(context: Context) -> Cause | None:
-    """safe-exec ended the run because a cell wrote many times its output limit."""
+    """Recognise a run that safe-exec ended because a cell wrote many times its output limit."""
     if not isinstance(context.ending, LimitHit) or context.ending.limit not in (
         LimitName.OUTPUT,
         LimitName.CELL_OUTPUT,
@@ -96,7 +96,7 @@ def output_flood(context: Context) -> Cause | None:
 
 
 def processes_watched(context: Context) -> Cause | None:
-    """safe-exec ended the run because it had too many processes."""
+    """Recognise a run that safe-exec ended because it had too many processes."""
     if not isinstance(context.ending, LimitHit) or context.ending.limit is not LimitName.PROCESSES:
         return None
     facts = (
@@ -111,7 +111,7 @@ def processes_watched(context: Context) -> Cause | None:
 
 
 def disk_watched(context: Context) -> Cause | None:
-    """safe-exec ended the run because it had written too much data to disk."""
+    """Recognise a run that safe-exec ended because it had written too much data to disk."""
     if not isinstance(context.ending, LimitHit) or context.ending.limit is not LimitName.DISK:
         return None
     allowed = context.limits.disk
@@ -134,7 +134,10 @@ def disk_watched(context: Context) -> Cause | None:
 
 
 def file_too_large_signal(context: Context) -> Cause | None:
-    """SIGXFSZ ended a process that exceeded RLIMIT_FSIZE; Python itself ignores the signal."""
+    """Recognise SIGXFSZ, with which Linux ends a process that exceeds RLIMIT_FSIZE.
+
+    Python itself ignores the signal.
+    """
     status = context.evidence.exit
     if (
         not isinstance(context.ending, Died)
@@ -157,7 +160,7 @@ def file_too_large_signal(context: Context) -> Cause | None:
 
 
 def aborted_for_descriptors(context: Context) -> Cause | None:
-    """A library (mostly libzmq) aborted, and said that it could not open a descriptor."""
+    """Recognise an abort of a library (mostly libzmq) that could not open a descriptor."""
     evidence = context.evidence
     status = evidence.exit
     if not isinstance(context.ending, Died) or status is None or status.signal != signal.SIGABRT:
@@ -193,7 +196,7 @@ def aborted_for_descriptors(context: Context) -> Cause | None:
 
 
 def bad_system_call(context: Context) -> Cause | None:
-    """SIGSYS: a seccomp filter ended the process."""
+    """Recognise SIGSYS, with which a seccomp filter ended the process."""
     status = context.evidence.exit
     if (
         not isinstance(context.ending, Died)
@@ -242,7 +245,7 @@ def _file_summary(context: Context) -> str:
 
 
 def raised(context: Context) -> Cause | None:
-    """A cell error that the system raised for a limit, confirmed by observations outside."""
+    """Recognise a cell error that the system raised for a limit, by observations from outside."""
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None:
         return None
@@ -262,7 +265,7 @@ def raised(context: Context) -> Cause | None:
 
 
 def _program_wrote_too_much(context: Context, error: CellError) -> Cause | None:
-    """A program that the cell ran was ended because its file became too large.
+    """Recognise a program of the cell that was ended because its file became too large.
 
     Its status or its output shows that.
     """
@@ -290,7 +293,7 @@ def _program_wrote_too_much(context: Context, error: CellError) -> Cause | None:
 
 
 def _by_text(context: Context, error: CellError) -> Cause | None:
-    """Recognise messages that Python and libraries word themselves."""
+    """Recognise a refusal by the wording of Python and of libraries."""
     if error.ename == "RuntimeError" and error.evalue.startswith("can't start new thread"):
         return _processes(context, error, True)
     if context.language not in (None, "python") and FORK_REFUSED.search(error.evalue):
@@ -354,7 +357,7 @@ def _file_size(context: Context, error: CellError, certain: bool) -> Cause | Non
 
 
 def _processes(context: Context, error: CellError, certain: bool) -> Cause | None:
-    """The system refused to start a process or a thread."""
+    """Return the cause of a refused start of a process or a thread."""
     # EAGAIN comes from forks and threads but also from sockets; the control group's counter or the
     # stack must tell which it was.
     refusals = context.evidence.process_refusals

@@ -169,7 +169,7 @@ def _advice(context: Context) -> str:
 
 
 def watchdog_kill(context: Context) -> Cause | None:
-    """safe-exec killed the process tree because its memory exceeded the limit."""
+    """Recognise a process tree that safe-exec killed because its memory exceeded the limit."""
     if (
         not isinstance(context.ending, Died)
         or context.evidence.termination is not TerminationReason.MEMORY
@@ -192,7 +192,7 @@ def watchdog_kill(context: Context) -> Cause | None:
 
 
 def oom_kill(context: Context) -> Cause | None:
-    """SIGKILL, and the sandbox's own counter of kills for memory increased in this cell."""
+    """Recognise SIGKILL in a cell in which the sandbox's own counter of OOM kills increased."""
     evidence = context.evidence
     if (
         not isinstance(context.ending, Died)
@@ -254,7 +254,7 @@ def _not_our_limit(context: Context) -> Cause:
 
 
 def oomd_kill(context: Context) -> Cause | None:
-    """systemd-oomd killed the whole group under memory pressure and marked it."""
+    """Recognise a kernel whose cgroup systemd-oomd killed under memory pressure and marked."""
     # systemd-oomd leaves an extended attribute on the group that it killed.
     if not isinstance(context.ending, Died) or not context.evidence.oomd_killed:
         return None
@@ -277,7 +277,7 @@ def oomd_kill(context: Context) -> Cause | None:
 
 
 def worker_kill(context: Context) -> Cause | None:
-    """A child process was killed for memory while the kernel survived.
+    """Recognise a child process that was killed for memory while the kernel survived.
 
     The notebook then got an error, hung, or continued.
     """
@@ -346,7 +346,7 @@ def _ended_by_itself(context: Context) -> bool:
 
 
 def refused(context: Context) -> Cause | None:
-    """An allocation was refused and raised an error; the kernel is alive."""
+    """Recognise a refused allocation that raised an error; the kernel is alive."""
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None:
         return None
@@ -374,7 +374,7 @@ def refused(context: Context) -> Cause | None:
 
 
 def refused_to_program(context: Context) -> Cause | None:
-    """A program that the cell had started got no memory, according to its last output."""
+    """Recognise a program of the cell that got no memory, according to its last output."""
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None:
         return None

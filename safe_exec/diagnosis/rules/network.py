@@ -11,7 +11,7 @@ from safe_exec.model.verdict import Cause, CauseKind, Confidence
 
 
 def blocked(context: Context) -> Cause | None:
-    """A network error in a cell, or in a program that it ran, while the network is blocked."""
+    """Recognise a network error in a cell, or in its program, while the network is blocked."""
     wall = context.walls.get(Wall.NETWORK)
     if not isinstance(context.ending, CellFailed) or wall is None or wall.by is Mechanism.NONE:
         return None

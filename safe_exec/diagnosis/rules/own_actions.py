@@ -458,7 +458,7 @@ COMPUTING = (Activity.PYTHON_LOOP, Activity.NATIVE_CODE)
 
 
 def _with_trace(context: Context, cause: Cause) -> Cause:
-    """Add an active trace function: it slows down each line or call of Python code."""
+    """Mention in the cause an active trace function, since it slows down each line or call."""
     ending = context.ending
     if not isinstance(ending, TimedOut) or cause.activity not in COMPUTING:
         return cause

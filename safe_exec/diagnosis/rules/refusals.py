@@ -69,7 +69,7 @@ _RAISED_AT = lazy_pattern(r"^-+> ?\d+ (.*)$", re.MULTILINE)
 
 
 def died_without_threads(context: Context) -> Cause | None:
-    """The kernel ended because a library could not start a thread, and the limit was reached."""
+    """Recognise a kernel that ended because the limit kept a library from starting a thread."""
     evidence = context.evidence
     if not isinstance(context.ending, Died) or evidence.exit is None:
         return None
@@ -97,7 +97,7 @@ def died_without_threads(context: Context) -> Cause | None:
 
 
 def threads(context: Context) -> Cause | None:
-    """A cell error in which a library reports that it could not start a thread."""
+    """Recognise a cell error in which a library reports that it could not start a thread."""
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None:
         return None
@@ -159,7 +159,7 @@ def _fewer_threads(context: Context) -> str:
 
 
 def descriptors(context: Context) -> Cause | None:
-    """A library could not open something while nearly all descriptors were in use."""
+    """Recognise a library that could not open something because few descriptors were left."""
     error = context.evidence.error
     count, allowed = context.evidence.open_files, context.limits.open_files
     if not isinstance(context.ending, CellFailed) or error is None:
@@ -189,7 +189,7 @@ def descriptors(context: Context) -> Cause | None:
 
 
 def locked(context: Context) -> Cause | None:
-    """A library could not lock or open a file on which somebody holds a lock."""
+    """Recognise a library that could not lock or open a file on which somebody holds a lock."""
     error, lock = context.evidence.error, context.evidence.named_lock
     if not isinstance(context.ending, CellFailed) or error is None or lock is None:
         return None
@@ -208,7 +208,7 @@ def locked(context: Context) -> Cause | None:
 
 
 def inotify(context: Context) -> Cause | None:
-    """One of inotify's own limits, which it reports as a full disk or too many open files."""
+    """Recognise inotify's own limits, which it reports as a full disk or too many open files."""
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None:
         return None
@@ -242,7 +242,7 @@ def _is_of_inotify(context: Context, error: CellError) -> bool:
 
 
 def memory_maps(context: Context) -> Cause | None:
-    """An allocation was refused because the process had too many memory maps."""
+    """Recognise a refused allocation in a process that had too many memory maps."""
     error, maps = context.evidence.error, context.evidence.memory_maps
     if not isinstance(context.ending, CellFailed) or error is None or maps is None:
         return None
@@ -269,7 +269,7 @@ def memory_maps(context: Context) -> Cause | None:
 
 
 def died_of_memory_error(context: Context) -> Cause | None:
-    """The kernel exited since Python had no memory left to handle an error."""
+    """Recognise a kernel that exited because Python had no memory left to handle an error."""
     evidence = context.evidence
     if not isinstance(context.ending, Died) or evidence.exit is None:
         return None
@@ -302,9 +302,9 @@ def died_of_memory_error(context: Context) -> Cause | None:
 
 
 def parser(context: Context) -> Cause | None:
-    """Python's parser raised MemoryError for code that is nested too deeply.
+    """Recognise a MemoryError of Python's parser for code that is nested too deeply.
 
-    Memory is not short.
+    Memory is not short then.
     """
     error = context.evidence.error
     if not isinstance(context.ending, CellFailed) or error is None or error.ename != "MemoryError":

@@ -38,7 +38,7 @@ PARTS_OF_POOLS = (
 
 
 def waiting_text(observation: ActivityObservation, activity: Activity) -> str:
-    """Return ``it was waiting for connections ...``; empty for any other wait."""
+    """Describe the wait of a service: ``it was waiting for connections ...``; else empty."""
     if serves(observation, activity):
         addresses = ", ".join(observation.listening[:MOST_ADDRESSES])
         return f"it was waiting for connections: it runs a server that listens on {addresses}"

@@ -39,7 +39,7 @@ def _is_held_by_rlimit(context: Context) -> bool:
 
 
 def start_failed(context: Context) -> Cause | None:
-    """The kernel never answered."""
+    """Recognise a kernel that never answered."""
     ending = context.ending
     if not isinstance(ending, StartFailed):
         return None
@@ -100,7 +100,7 @@ def start_failed(context: Context) -> Cause | None:
 
 
 def _advice_for_missing_kernel(installed: Mapping[str, str], language: str | None) -> str:
-    """Return advice for a kernel that is not installed: another of its language, if any."""
+    """Return advice for a missing kernel; it names the installed kernels of its language."""
     # A kernel of the same language runs the notebook most likely.
     alike = kernels_of_language(installed, language)
     if alike:
@@ -127,7 +127,7 @@ def _advice_for_missing_kernel(installed: Mapping[str, str], language: str | Non
 
 
 def internal(context: Context) -> Cause | None:
-    """safe-exec failed or refused to run; nothing can be said about the notebook."""
+    """Recognise a failure or a refusal of safe-exec itself, which tells nothing of the notebook."""
     ending = context.ending
     if not isinstance(ending, InternalError):
         return None

@@ -242,7 +242,7 @@ def _timed(
 
 
 def flood(context: Context) -> Cause | None:
-    """The time ran out while the cell was printing endlessly."""
+    """Recognise a timeout while the cell was printing endlessly."""
     evidence = context.evidence
     if (
         not isinstance(context.ending, TimedOut)
@@ -280,9 +280,10 @@ def _print_less(context: Context) -> str:
 
 
 def replaced(context: Context) -> Cause | None:
-    """The kernel process executed another program: the pid stays, but all state is gone.
+    """Recognise a kernel process that executed another program.
 
-    The activity of that program is not an activity of the kernel.
+    The process id stays, but all state is gone. The activity of that program is not an activity of
+    the kernel.
     """
     program = context.evidence.replaced_by
     # The command line of the same pid has changed: only exec does that.
@@ -302,7 +303,7 @@ def replaced(context: Context) -> Cause | None:
 
 
 def unresponsive(context: Context) -> Cause | None:
-    """The kernel is alive and idle, not working on the cell, and does not answer."""
+    """Recognise a kernel that is alive and idle, but neither works on the cell nor answers."""
     observation = context.evidence.observation
     if (
         not isinstance(context.ending, TimedOut)
@@ -325,7 +326,7 @@ def unresponsive(context: Context) -> Cause | None:
 
 
 def waits_for_input(context: Context) -> Cause | None:
-    """A child of the kernel reads from a terminal, so it waits for a person."""
+    """Recognise a child of the kernel that reads from a terminal, and so waits for a person."""
     observation = context.evidence.observation
     if (
         not isinstance(context.ending, TimedOut)
@@ -341,7 +342,7 @@ def waits_for_input(context: Context) -> Cause | None:
 
 
 def processes_exhausted(context: Context) -> Cause | None:
-    """A time limit was exceeded while no further process or thread could be started.
+    """Recognise a timeout while no further process or thread could be started.
 
     This is a fork bomb, or a pool that waits for a new process.
     """
@@ -397,7 +398,7 @@ def processes_exhausted(context: Context) -> Cause | None:
 
 
 def timed_out(context: Context) -> Cause | None:
-    """A wall time limit was exceeded."""
+    """Recognise an exceeded limit of wall time."""
     ending = context.ending
     if not isinstance(ending, TimedOut):
         return None
@@ -463,7 +464,7 @@ def _resistance(context: Context, activity: Activity | None) -> str:
 
 
 def cpu_time(context: Context) -> Cause | None:
-    """The processor time was exceeded.
+    """Recognise an exceeded limit of processor time.
 
     SIGXCPU, the hard limit behind it, or safe-exec's own check ended the run.
     """

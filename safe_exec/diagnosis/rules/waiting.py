@@ -247,7 +247,7 @@ def blockage_of(process: ObservedProcess, observation: ActivityObservation) -> B
 def _own_writes(observation: ActivityObservation) -> frozenset[str]:
     """Return the pipes that the kernel only writes to.
 
-    Forks hold both ends of multiprocessing queues.
+    The pipes of multiprocessing queues are left out, because a fork holds both of their ends.
     """
     return frozenset(observation.writes) - frozenset(observation.reads)
 
@@ -255,7 +255,7 @@ def _own_writes(observation: ActivityObservation) -> frozenset[str]:
 def _own_reads(observation: ActivityObservation) -> frozenset[str]:
     """Return the pipes that the kernel only reads.
 
-    They end when nobody else holds the other end.
+    Such a read ends when no other process holds the writing end.
     """
     return frozenset(observation.reads) - frozenset(observation.writes)
 
@@ -384,7 +384,7 @@ def replaced_workers(observation: ActivityObservation) -> tuple[int, int]:
 
 
 def awaited_lock(observation: ActivityObservation) -> ObservedLock | None:
-    """Return the file lock that the kernel waits for, blocked in a call or by polling."""
+    """Return the file lock that the kernel waits for, in a blocking call or by polling."""
     lock = observation.lock
     if lock is None or lock.kind in ("flock", "fcntl"):
         return lock

@@ -46,12 +46,12 @@ def waited_for(observation: ActivityObservation) -> str:
 
 
 def text_of(blocker: Blocker) -> str:
-    """Return ``the child process `sleep 300` (pid 77), which is sleeping``."""
+    """Describe a blocker as a noun: ``the child process `sleep 300` (pid 77), which sleeps``."""
     return f"{_name(blocker.process)}, which {_state(blocker.process, blocker.blockage)}"
 
 
 def sentence_of(blocker: Blocker) -> str:
-    """Return ``the child process `sleep 300` (pid 77) is sleeping``."""
+    """Describe a blocker as a clause: ``the child process `sleep 300` (pid 77) is sleeping``."""
     return f"{_name(blocker.process)} {_state(blocker.process, blocker.blockage)}"
 
 
@@ -244,7 +244,7 @@ def _is_plain(command: str) -> bool:
 
 
 def lock_text(lock: ObservedLock) -> str:
-    """Return ``the lock on the file corpus.lock, which the notebook itself holds``."""
+    """Describe a lock: ``the lock on the file corpus.lock, which the notebook itself holds``."""
     if lock.own:
         holder = ", which the notebook itself holds"
     elif lock.holder is not None:

@@ -139,7 +139,7 @@ class Failure(Struct, frozen=True, kw_only=True):
         return cell == self.cell and self.has_form(cause)
 
     def is_like(self, cause: Cause) -> bool:
-        """Compare kind, signal or exit code, and exception name with the failure's."""
+        """Tell whether kind, signal or exit code, and exception name are those of the failure."""
         if (cause.kind, *_signal_and_exit_code(cause)) != (self.kind, self.signal, self.exit_code):
             return False
         return (

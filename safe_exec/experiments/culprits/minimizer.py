@@ -417,7 +417,8 @@ class _Searcher:
     def steadier(self, cells: frozenset[int]) -> Generator[Query, Reply, frozenset[int] | None]:
         """Return a larger set that always fails, if this one fails rarely.
 
-        The set itself and the sets between the two are then disregarded: they failed by chance.
+        The set itself and the sets between it and the larger one are then disregarded: they failed
+        by chance.
         """
         tally = self.tallies[cells]
         if tally.fails > SELDOM * (tally.fails + tally.others):

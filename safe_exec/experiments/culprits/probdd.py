@@ -35,9 +35,10 @@ def odds_of(
 
 
 def chunk_of(loose: list[int], odds: Mapping[int, float]) -> list[int]:
-    """Return the cells to remove next.
+    """Return the cells to remove next: a chunk whose removal promises the highest gain.
 
-    They are those of the unlikely cells whose removal promises the highest gain.
+    The chunk has the cells that are least likely to be needed. Its gain is their number, times the
+    probability that none of them is needed.
     """
     ordered = sorted(loose, key=lambda cell: (odds[cell], cell))
     if len(ordered) <= FEW:

@@ -56,9 +56,9 @@ class Reply(Struct, frozen=True, kw_only=True):
 
     ``stopped_at`` is the cell at which an unresolved run ended, and ``names`` are the names that
     were undefined there. ``peak`` is the run's highest use of the exhausted resource, in the unit
-    of ``Problem.resource_use``. ``cut``: the run was ended because it exceeded its time budget.
-    ``another_form``: an unresolved run ended in the crash cell with an error similar to the
-    failure. ``ended`` is the cause kind of the ending, or ``passed``.
+    of ``Problem.resource_use``. ``cut`` is true if the run was ended because it exceeded its time
+    budget. ``another_form`` is true if an unresolved run ended in the crash cell with an error
+    similar to the failure. ``ended`` is the cause kind of the ending, or ``passed``.
     """
 
     answer: Outcome
@@ -98,11 +98,12 @@ class Problem(Struct, frozen=True, kw_only=True):
 
     ``cells`` are the cells that ran, in order, with the crash cell last. ``slice`` is the backward
     slice of the crash cell, and ``needs`` the direct dependencies of each cell. ``predicted_stop``
-    returns the cell at which a run of a set is certain to stop for an undefined name. Cells outside
-    the slice are tried in the order of ``side_effect_risk``. ``resource_use`` is each cell's share
-    of the exhausted resource, and ``limit`` the amount that was available; ``seconds`` is each
-    cell's run time, ``fresh_seconds`` what a fresh run takes beyond that, and ``start_seconds`` the
-    time to start and stop a kernel. ``erratic``: failures of this kind often do not recur.
+    returns the cell at which a run of a set is certain to stop because of an undefined name. Cells
+    outside the slice are tried in the order of ``side_effect_risk``. ``resource_use`` is each
+    cell's share of the exhausted resource, and ``limit`` the amount that was available. ``seconds``
+    is each cell's run time, ``start_seconds`` the time to start and stop a kernel, and
+    ``fresh_seconds`` the further time that a run in a fresh kernel takes. ``erratic`` is true if
+    failures of this kind often do not recur.
     """
 
     # The cells that ran, in order, with the crash cell last.
@@ -147,8 +148,8 @@ class Result(Struct, frozen=True, kw_only=True):
     ``reproduced`` is (k, n): of n runs of exactly this set, k failed. ``dynamic_deps`` are the
     cells that only trials showed to be needed. ``method`` names the strategy in a word or two.
     ``endings`` counts the endings of the runs of this set (of all cells, if nothing failed).
-    ``several_forms``: similar failures were counted as the same one, since the same cells produced
-    both.
+    ``several_forms`` is true if similar failures were counted as the same one, because the same
+    cells produced both.
     """
 
     cells: tuple[int, ...]

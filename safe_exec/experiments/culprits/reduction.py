@@ -33,7 +33,7 @@ CONFIRMATIONS = 2
 
 
 class Piece(Struct, frozen=True, kw_only=True):
-    """A span of one cell; ``cell`` is the notebook's index."""
+    """A span of one cell; ``cell`` is the index of the cell in the notebook."""
 
     cell: int
     span: Span
@@ -135,7 +135,7 @@ class Reduction:
         return self.with_chosen(self.depth, query.cells)
 
     def judge(self, selection: Collection[int], reply: Reply) -> Reply:
-        """Mark a trial's failure as unresolved unless it occurred at the same line."""
+        """Mark a trial's failure as unresolved unless it occurred at the crash line."""
         if reply.answer is Outcome.PASS or (
             reply.answer is Outcome.FAIL
             and self.is_same_line(selection, reply.line, exact=reply.exact_line)

@@ -75,7 +75,7 @@ def _culprit(culprit_set: CulpritSet, index: int) -> Culprit:
 
 
 def _role(culprit_set: CulpritSet, index: int) -> tuple[Role, str, int | None]:
-    """Return the role, the note, and the line that the note refers to, if any."""
+    """Return the role, the note, and the line that the note refers to (or ``None``)."""
     # The crash cell may also define or keep things; that it crashed matters most.
     if index == culprit_set.crash.index:
         return Role.CRASH, "running when it happened", None

@@ -37,7 +37,7 @@ class Span(Struct, frozen=True, kw_only=True):
         return self.first <= line <= self.last
 
     def holds(self, other: Span) -> bool:
-        """Whether another span lies deeper in this one."""
+        """Whether another span is nested in this one."""
         return self.depth < other.depth and self.first <= other.first and other.last <= self.last
 
 
@@ -47,7 +47,7 @@ def lines_of(source: str) -> list[str]:
 
 
 def spans_of(source: str) -> list[Span]:
-    """Return the spans of a cell, outer ones before those in them.
+    """Return the spans of a cell, outer spans before inner ones.
 
     A cell that is not Python, or whose body a magic passes elsewhere, has none.
     """
@@ -121,7 +121,7 @@ def _inside(statement: ast.AST, lines: Sequence[str], depth: int) -> Iterator[Sp
 
 
 def _clauses(statement: ast.AST, lines: Sequence[str], depth: int) -> Iterator[Span]:
-    """Yield the spans of `except` and `case` clauses, and those in them."""
+    """Yield the spans of `except` and `case` clauses, and the spans inside them."""
     for clause in (*_block(statement, "handlers"), *_block(statement, "cases")):
         first = int(getattr(clause, "lineno", 0) or clause.pattern.lineno)
         yield Span(first=first, last=_last_line(_block(clause, "body")), depth=depth)
@@ -168,7 +168,7 @@ def _is_comment(line: str) -> bool:
 
 
 def remaining_lines(source: str, spans: Sequence[Span], removed: Collection[Span]) -> list[int]:
-    """Return the numbers of the lines that remain without some spans.
+    """Return the numbers of the lines that remain after the removal of some spans.
 
     Blank lines at both ends, and comments below the last statement, go too.
     """

@@ -62,8 +62,8 @@ class EffectKind(IntEnum):
 class Effect(Struct, frozen=True, kw_only=True):
     """One effect. ``text`` describes it in a few words, ``name`` is the name that it concerns.
 
-    ``is_input``: it prepares input of later cells, such as an environment variable.
-    ``on_all_code``: it slows down or limits all code that runs later.
+    ``is_input`` is true if it prepares input of later cells, such as an environment variable.
+    ``on_all_code`` is true if it slows down or limits all code that runs later.
     """
 
     kind: EffectKind

@@ -25,7 +25,7 @@ _FILTERS = threading.Lock()
 class Read(Struct, frozen=True, kw_only=True):
     """A name that is certain to be evaluated, with the line where its top-level statement begins.
 
-    ``before_effect``: it is evaluated before anything on that line could run foreign code.
+    ``before_effect`` is true if it is evaluated before anything on that line can run foreign code.
     """
 
     name: str
@@ -52,12 +52,13 @@ class CapturedNames(Struct, frozen=True, kw_only=True):
 class CellFacts(Struct, frozen=True, kw_only=True):
     """The facts of one cell.
 
-    Fields with ``late_`` are on the bodies of functions, which run when called. Names of inner
-    scopes are left out. ``uses``: read, and not certain to be bound earlier in this cell.
-    ``at_once``: the same in a lambda that is passed to a call, which may run immediately. ``own``:
-    read after the cell bound it. ``passed_to_call``: passed to a call, which may change it.
-    ``stars``: the cell may bind names that are not visible. ``history``: it reads outputs of
-    earlier cells. ``start``: the line of the first statement.
+    Fields with ``late_`` describe the bodies of functions, which run when called. Names of inner
+    scopes are left out. ``uses`` are names that the cell reads and may not have bound before.
+    ``at_once`` are such names in a lambda that is passed to a call, which may run immediately.
+    ``own`` are names that the cell reads after it has bound them. ``passed_to_call`` are names
+    passed to a call, which may change their objects. ``stars`` is true if the cell may bind names
+    that are not visible, ``history`` if it reads outputs of earlier cells. ``start`` is the line of
+    the first statement.
     """
 
     defines: Names = frozenset()
@@ -142,9 +143,9 @@ class Special(Struct, kw_only=True):
 
 
 class Cell(Struct, kw_only=True):
-    """The Python code of a cell, with a placeholder name for each special line.
+    """The Python code of a cell, with a placeholder name for each line in IPython's own syntax.
 
-    ``guarded``: a magic runs the code, and may catch its errors.
+    ``guarded`` is true if a magic runs the code, and may catch its errors.
     """
 
     text: str
@@ -229,7 +230,7 @@ def _logical_end(text: str, at: int) -> int:
 
 
 def _replace_specials(cell: Cell) -> None:
-    """Replace special lines by placeholder names."""
+    """Replace the lines in IPython's own syntax by placeholder names."""
     # Only the beginnings of logical lines count: a `%` within brackets or a string is Python's own.
     text, out, at = cell.text, [], 0
     # The placeholder must not collide with a name of the cell.

@@ -195,7 +195,7 @@ class _NameReader(ast.NodeVisitor):
         self.bound_names = set.intersection(*ends) if ends else bound_before
 
     def visit(self, node: ast.AST) -> None:
-        """Visit a node. Outside functions and classes, each statement captures names on its own."""
+        """Visit a node; a statement at the top level starts a new collection of captured names."""
         if isinstance(node, ast.stmt) and not self._scopes:
             self._statement = _Bag()
         # Node types that are read alike share one method.

@@ -9,7 +9,7 @@ above and one below settle most cases. Otherwise the steps double, and the inter
 its geometric mean down to the precision. *Confirm*: run the passing value again, since measurements
 vary. If it fails then, the bracket is widened and marked.
 
-Pure; imports nothing of ours.
+Pure; imports no other module of safe-exec.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class ProbeQuery(Struct, frozen=True, kw_only=True):
 class ProbeResult(Struct, frozen=True, kw_only=True):
     """The answer to a query and its cost in seconds.
 
-    ``peak`` is the run's highest use of the resource. ``cut``: the run exceeded its time budget.
+    ``peak`` is the run's highest use of the resource. ``cut`` is true if the run exceeded its time
+    budget.
     """
 
     outcome: ProbeOutcome
@@ -109,10 +110,10 @@ class ProbeProblem(Struct, frozen=True, kw_only=True):
 class Bracket(Struct, frozen=True, kw_only=True):
     """The result of the search.
 
-    Every run with ``passes`` or more passed (infinity: without a limit), every run with ``fails``
-    or less failed; ``None`` if there was no such run. ``wavers``: between the two, a run failed
-    with a value at least as large as one that passed. ``ended`` is ``None`` for a search that was
-    completed.
+    Every run with ``passes`` or more passed (infinity: without a limit), and every run with
+    ``fails`` or less failed; either is ``None`` if there was no such run. ``wavers`` is true if,
+    between the two, a run failed with a value at least as large as one that passed. ``ended`` is
+    ``None`` for a search that was completed.
     """
 
     # Every run with this value or more passed; infinity means without a limit.

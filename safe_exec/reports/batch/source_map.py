@@ -52,7 +52,7 @@ def read_as_run(path: Path, sha256: str | None) -> str | None:
 def file_line(report: NotebookReport) -> int | None:
     """Return the line of a notebook's file at which it failed, from 1; see ``crash_line``.
 
-    ``None`` for a notebook without verdict too.
+    A notebook without a verdict gives ``None`` too.
     """
     return None if report.verdict is None else crash_line(report.result.source, report.verdict)
 

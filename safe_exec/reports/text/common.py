@@ -134,7 +134,7 @@ def counted(count: int, thing: str) -> str:
 
 
 def path_seen(path: str, verdict: Verdict) -> str:
-    """Return a path relative to the directory of the run, with any unprintable characters."""
+    """Return a path relative to the run's directory; unprintable characters stay in it."""
     return path.removeprefix(verdict.cwd.rstrip("/") + "/")
 
 
@@ -312,7 +312,7 @@ def _figures(verdict: Verdict) -> list[str]:
 
 
 def at_most(usage: Usage) -> str:
-    """Return a qualifier for memory if shared pages may have been counted twice."""
+    """Return ``at most``, for memory whose shared pages may have been counted twice, else ""."""
     return "at most " if usage.memory_upper_bound else ""
 
 

@@ -114,9 +114,9 @@ def allocation_line(line: AllocationLine, size: int, callers: Iterable[CallSite]
 
 
 def caller_names(line: AllocationLine, callers: Iterable[CallSite]) -> str:
-    """Return the other cells that called this line, ``called in code cells 2-5``.
+    """Return a text such as ``called in code cells 2-5``, without the line's own cell.
 
-    ``""`` if none.
+    The text is empty if no other cell called the line.
     """
     caller_cells = {caller.code_index for caller in callers} - {line.code_index}
     return f"called in {common.cell_names(caller_cells)}" if caller_cells else ""

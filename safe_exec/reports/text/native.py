@@ -41,7 +41,7 @@ def summary(verdict: Verdict) -> str:
 
 
 def _c_frames(crash: CrashCell | None) -> list[NativeFrame]:
-    """Return the C functions that the innermost Python code called, the one to blame first."""
+    """Return the C functions that the innermost Python code called, the most suspicious first."""
     if crash is None:
         return []
     frames: list[NativeFrame] = []
@@ -67,7 +67,7 @@ def _c_frames(crash: CrashCell | None) -> list[NativeFrame]:
 
 
 def c_function(frame: NativeFrame) -> str:
-    """Return ``free() in libc.so.6 2.36``; an offset for a function whose name is not known."""
+    """Describe a C function: ``free() in libc.so.6 2.36``, or its offset if it has no name."""
     function = _call(frame.function) if frame.function is not None else "a function without a name"
     if frame.library is None:
         return function

@@ -30,7 +30,7 @@ class WallRemedy(Struct, frozen=True, kw_only=True):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the walls and limits that this fixes."""
+        """The names of the weak walls and limits."""
         return (*(wall.value for wall in self.walls), *(name.value for name in self.limits))
 
 

@@ -182,7 +182,7 @@ def _no_filter() -> str:
 def _v2_ground(
     tree: cgroup_delegation.CgroupHierarchy | None, allowed: frozenset[Mechanism]
 ) -> tuple[cgroup_delegation.DelegationTarget, cgroup_delegation.Scope | None, str]:
-    """Return the cgroup below which ours are made, or systemd's scope, or why there is neither."""
+    """Return the parent for the cgroups of sandboxes, or systemd's scope, or why there is none."""
     # A probe scope costs a start of systemd-run. So ask systemd only if no cgroup is usable without
     # it.
     if tree is None:

@@ -1,4 +1,4 @@
-"""Finds the cgroup of the unified hierarchy below which ours can be made. May import procfs."""
+"""Finds the parent for the cgroups of sandboxes in the unified hierarchy. May import procfs."""
 
 from __future__ import annotations
 
@@ -105,10 +105,11 @@ class Scope(Struct, frozen=True, kw_only=True):
 
 
 class DelegationTarget(Struct, frozen=True, kw_only=True):
-    """A cgroup below which ours can be made, or the reason why there is none.
+    """The parent for the cgroups of sandboxes, or the reason why there is none.
 
-    ``needs_leaf``: it is our own cgroup, so our processes in it must move to a leaf first.
-    ``owned_by_systemd``: it is a unit that systemd did not delegate, and so a last resort.
+    ``needs_leaf`` is true if the parent is this process's own cgroup, whose processes must move to
+    a leaf first. ``owned_by_systemd`` is true if it is a unit that systemd did not delegate, and so
+    a last resort.
     """
 
     parent: Path | None = None
@@ -119,7 +120,7 @@ class DelegationTarget(Struct, frozen=True, kw_only=True):
 
 
 def find(hierarchy: CgroupHierarchy, *, systemd: bool) -> DelegationTarget:
-    """Find the nearest cgroup, from ours upwards, whose children can get controllers."""
+    """Find the nearest cgroup, from our own upwards, whose children can get controllers."""
     above = _above(hierarchy, systemd=systemd)
     if above.parent is not None and not above.owned_by_systemd:
         return above

@@ -45,11 +45,11 @@ class HostFacts(Struct, frozen=True, kw_only=True):
     """Facts about this host on which the advice depends.
 
     ``mount`` is the mount point of the unified hierarchy, ``controllers`` are those of its topmost
-    visible cgroup, ``disabled`` those switched off at boot; ``read_only`` tells that cgroups are
-    mounted read-only. ``wsl`` is the version of WSL. ``user_manager`` tells that a systemd of this
-    user runs, ``user_controllers`` are the controllers it can delegate (``None`` if unknown),
-    ``runtime_dir`` that the environment contains its address, ``linger`` that it runs without a
-    login. ``distribution`` are the names of the distribution (``ubuntu debian``).
+    visible cgroup, ``disabled`` those switched off at boot. ``read_only`` is true if cgroups are
+    mounted read-only. ``wsl`` is the version of WSL. ``user_manager`` is true if a systemd of this
+    user runs. ``user_controllers`` are the controllers that it can delegate (``None`` if unknown);
+    ``runtime_dir`` is true if the environment contains its address, and ``linger`` if it runs
+    without a login. ``distribution`` are the names of the distribution (``ubuntu debian``).
     ``apparmor_userns``, ``no_userns_clone`` and ``no_user_namespaces`` are settings that forbid
     user namespaces.
     """

@@ -154,7 +154,7 @@ def own_cgroups() -> dict[str, str]:
 
 
 def cgroup_directory(mount: tuple[Path, str], path: str) -> Path:
-    """Return the directory of a cgroup below a mount point and the root that is mounted there."""
+    """Return the directory of a cgroup; ``mount`` is a mount point and the cgroup mounted there."""
     point, root = mount
     if root != "/" and path.startswith(root):
         path = path[len(root) :]

@@ -191,7 +191,11 @@ _INSTRUCTION = struct.Struct("<HBBI")  # struct sock_filter
 
 
 class _Line:
-    """An instruction; a jump is the name of a label below, ``None`` for the next line."""
+    """An instruction.
+
+    The targets of a jump, ``yes`` and ``no``, are names of labels further down; empty for the next
+    instruction.
+    """
 
     def __init__(self, code: int, operand: int, yes: str = "", no: str = "") -> None:
         self.code, self.operand, self.yes, self.no = code, operand, yes, no

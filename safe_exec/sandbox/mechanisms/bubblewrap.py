@@ -85,7 +85,7 @@ def arguments(
 
 
 def is_needed(isolation: Isolation, *, disk: bool, shm: bool) -> bool:
-    """Tell whether bubblewrap is needed: a requested wall or limit takes namespaces."""
+    """Tell whether bubblewrap is needed: a requested wall or limit needs namespaces."""
     return (
         isolation.hide_home
         or isolation.read_only_system
@@ -164,7 +164,7 @@ def _own_mounts(isolation: Isolation, view: SandboxPaths, shm_bytes: int | None)
 
 
 def _close(isolation: Isolation, view: SandboxPaths, ways: Sequence[Path]) -> Iterator[str]:
-    """Yield the options that make covers, and the directories in them, read-only."""
+    """Yield the options that make covered directories, and those made in them, read-only."""
     # Files written to a cover would count against no limit. These options come last, since
     # bubblewrap cannot make mount points in a read-only directory.
     own, others = (view.homes[:1], view.homes[1:]) if isolation.hide_home else ((), ())
@@ -227,7 +227,7 @@ def _covers(isolation: Isolation, view: SandboxPaths, *, has_shm: bool) -> tuple
 
 
 def _left_open(isolation: Isolation, view: SandboxPaths) -> list[Path]:
-    """Return the paths that stay open even inside a cover."""
+    """Return the paths that stay open even inside a covered directory."""
     # ``Isolation.hide`` can name parts of them, which are covered afterwards.
     repository = [] if view.repository is None else [view.repository]
     return [
@@ -312,7 +312,10 @@ def _lies_in(path: Path, tops: Iterable[Path]) -> bool:
 
 
 def _ways(openings: Openings, covers: Sequence[Cover]) -> Mapping[Path, bool]:
-    """Return the directories in covers that lead to mounts; true for those to make read-only."""
+    """Return the directories that lead from a covered directory to a mount in it.
+
+    The value is true for those to make read-only.
+    """
     # A file written into such a directory would be lost after the run, although a directory of that
     # name outside exists and a user would expect it there. So in a writable cover the first
     # directory on the way gets its own mount, which is made read-only. An exception are directories
@@ -348,7 +351,7 @@ def _ways(openings: Openings, covers: Sequence[Cover]) -> Mapping[Path, bool]:
 def _places(
     isolation: Isolation, view: SandboxPaths, openings: Openings, ways: Mapping[Path, bool]
 ) -> Iterator[str]:
-    """Yield the mounts of covers, of the directories in them, and of the open paths."""
+    """Yield the mounts of covered directories, of the directories in them, and of open paths."""
     # Outer paths come first, so that no mount covers an earlier one. The more specific path wins: a
     # part of an opening can be hidden, and a part of a hidden place opened.
     homes = view.homes if isolation.hide_home else ()

@@ -42,7 +42,7 @@ def size_of(places: Iterable[str]) -> int:
 
 
 def free_of(places: Iterable[str]) -> int:
-    """Return the free bytes of the file systems of some places."""
+    """Return the free bytes of the file systems of some places, each counted once."""
     free: dict[int, int] = {}
     for place in places:
         with contextlib.suppress(OSError):
@@ -52,7 +52,7 @@ def free_of(places: Iterable[str]) -> int:
 
 
 class DiskWatch(threading.Thread):
-    """Watches the places of one sandbox; calls ``on_passed(bytes)`` once if they grow too far."""
+    """Watches the files of one sandbox; calls ``on_passed(bytes)`` once they exceed the limit."""
 
     def __init__(
         self, root: int, places: tuple[str, ...], allowed: int, on_passed: Callable[[int], None]

@@ -35,7 +35,7 @@ NOT_ALLOWED = "it is not among the mechanisms allowed"
 class IsolationPlan(Struct, frozen=True, kw_only=True):
     """The mechanism of each wall.
 
-    ``enclosed``: the kernel runs in bubblewrap. ``landlock``: the kernel restricts itself.
+    ``enclosed`` is true if the kernel runs in bubblewrap, ``landlock`` if it restricts itself.
     """
 
     walls: Mapping[Wall, Enforcement] = field(default_factory=dict)

@@ -126,7 +126,7 @@ def _held(note: str, *, hard: bool = True) -> Enforcement:
 
 
 def _capped(row: _Row) -> _Row:
-    """Return a row within our own hard limit."""
+    """Return a row with both limits lowered to the hard limit of this process."""
     number, soft, hard = row
     _, ceiling = resource.getrlimit(number)
     # Raising a hard limit needs CAP_SYS_RESOURCE (setrlimit(2)).

@@ -149,7 +149,7 @@ class Watchdog(threading.Thread):
         )
 
     def _memory(self, use: TreeUse, *, last: bool) -> int:
-        """Return the memory to compare with the limit."""
+        """Return the memory to compare with the limit, in bytes."""
         # A kernel must not be killed because shared pages were counted twice. So count exactly if
         # the limit lies between the lower and the upper bound.
         allowed = self._limits.memory

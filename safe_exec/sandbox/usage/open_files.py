@@ -20,7 +20,7 @@ _INODE = tuple[int, int]
 
 
 class UnlinkedAndMemoryFiles(Struct):
-    """Bytes by inode of files in ``memory`` and of ``removed`` files."""
+    """Sizes of files in ``memory`` and of ``removed`` files, by inode, in bytes."""
 
     memory: dict[_INODE, int] = field(default_factory=dict)
     removed: dict[_INODE, int] = field(default_factory=dict)

@@ -115,7 +115,7 @@ class ProcessFiles:
         )
 
     def _live_task(self, pid: int) -> int:
-        """Return a live thread of a process whose first thread has ended."""
+        """Return a live thread of a process whose first thread has ended; 0 if there is none."""
         # After the end of the first thread the files of the process itself are empty.
         with contextlib.suppress(OSError):
             return next(
@@ -135,7 +135,7 @@ class ProcessFiles:
         return int(size) * PAGE, int(resident) * PAGE, int(shared) * PAGE
 
     def _shared_memory(self, pid: int, started: int, task: int, shared: int) -> int:
-        """Return the shared memory without files."""
+        """Return the bytes of shared memory that is not a file on a disk."""
         # Only ``status`` contains it, which is the slowest of these files. So read it only after
         # the sum with file pages has changed.
         cached = self._known_shmem.get((pid, started))

@@ -90,7 +90,7 @@ def _listeners(pid: int | str) -> Iterator[tuple[str, str]]:
 
 
 def quiet_ports(count: int) -> list[int]:
-    """Return free loopback ports for a kernel to listen on, or none."""
+    """Return free loopback ports for a kernel to listen on; empty if there are not enough."""
     # Port 0 would give a port in the range of outgoing connections (``ip_local_port_range``,
     # ip(7)). Between our choice and the kernel's bind any program that connects somewhere may get
     # the same port, and the kernel would end before it is ready. So choose ports below that range.

@@ -166,7 +166,10 @@ class Forks:
     async def _run_and_judge(
         self, cells: Sequence[ForkCell], time_budget: float
     ) -> ForkAnswer | None:
-        """Run cells, and record whether the failure occurred. Raises ForksFailed."""
+        """Run cells in a fork, record whether the failure occurred, and return the answer.
+
+        Raises ForksFailed.
+        """
         if self.ended is not None:
             raise ForksFailed(self.ended)
         answer = answer_of(self._subject.failure, await self._run(cells, time_budget))
