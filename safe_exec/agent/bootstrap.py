@@ -1,6 +1,7 @@
-"""Started by path before the kernel's command.
+"""Starts a kernel with safe-exec's patches.
 
-``bootstrap.py PAGE FACTS FAULT CONFIG -m MODULE ...``.
+It is started by its path, in front of the kernel's command: ``bootstrap.py PAGE FACTS FAULT CONFIG
+-m MODULE ...``.
 
 It patches ipykernel with the modules of this folder and then runs the module as ``python -m``
 would. The patches are in separate modules because Python caches the bytecode of modules, but not of

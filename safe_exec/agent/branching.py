@@ -32,7 +32,7 @@ class OwnState:
 def inherited_state(channel):
     """Return the current descriptors, except ``channel``, and the current shared mappings.
 
-    Those that a fork finds beyond them were opened by the notebook.
+    If a fork finds further ones, the notebook has opened them.
     """
     return OwnState(descriptors() - {channel}, shared_mappings())
 
@@ -70,7 +70,7 @@ def threads():
 
 
 def why_not_branchable(own, loop, channel):
-    """Return the reason against a fork of the process, in a few words; empty if there is none.
+    """Return why the process cannot be forked, in a few words; empty if it can.
 
     Threads are not checked here: count them after a fork, because some libraries end their threads
     before one.

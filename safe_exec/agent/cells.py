@@ -168,10 +168,7 @@ def tell_failure(inside, error):
 
 
 def syntax_line(inside, error):
-    """Return the cell line of a syntax error in the cell's own text.
-
-    0 for other errors and texts.
-    """
+    """Return the cell line of a syntax error in the cell's own text; 0 for any other error."""
     if not isinstance(error, SyntaxError) or not error.filename or not error.lineno:
         return 0
     line_map = inside.bodies.names.get(error.filename)

@@ -1,7 +1,7 @@
 """Attributes the growth of the kernel's memory to the lines that ran meanwhile.
 
-A sample that finds more memory than the one before it charges the difference to the line that runs;
-the end of a top-level statement charges the rest to the statement. A decrease is subtracted from
+If a sample finds more memory than the previous one, the difference is charged to the running line.
+The end of a top-level statement charges the rest to the statement. A decrease is subtracted from
 the latest growth: temporary objects are freed first. So the lines with the most bytes are those
 whose memory is still there. The cost is one read of ``/proc/self/statm`` for each sample and
 statement.

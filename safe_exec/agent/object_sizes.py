@@ -241,7 +241,7 @@ class Walk:
         return True
 
     def handler_of(self, kind):
-        """Return the function that counts an object of a type; ``None`` for those never counted."""
+        """Return the function that counts objects of a type; ``None`` if they are not counted."""
         handler = self.handlers.get(kind, kind)
         if handler is not kind:
             return handler

@@ -156,7 +156,10 @@ def quick_write(inside, stream, slow_write, ours):
     samples = 0
 
     def unread(start, gap, newline):
-        """Tell whether the pipe has data; adapt the threshold to the time that this check takes."""
+        """Tell whether the pipe has data.
+
+        Also adjusts ``threshold``, the time since the last write after which the pipe is checked.
+        """
         nonlocal threshold, shortest_gap, shortest_poll, samples
         if stream._unread(0, 1):
             return True

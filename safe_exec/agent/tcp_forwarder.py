@@ -161,7 +161,7 @@ def run_forwarder(listeners):
 
 
 def main(prefix, ports, command):
-    """Listen, start the forwarder, become the command."""
+    """Listen, start the forwarder, and become the command."""
     listeners = {}
     for port in ports:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

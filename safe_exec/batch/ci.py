@@ -1,4 +1,4 @@
-"""Report a batch to the CI system that runs it: detect it, read its environment, add its reports.
+"""Detect the CI system that runs a batch, read its environment, and add the reports it expects.
 
 The formats are in ``reports.batch.ci``, which does not read the environment.
 """

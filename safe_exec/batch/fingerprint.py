@@ -1,4 +1,4 @@
-"""Fingerprint everything a run depends on.
+"""Compute hashes of everything that a run depends on, so that equal runs can be recognised.
 
 The key of a run covers content, limits, walls, kernel and options; ``--resume`` uses it to
 recognise finished notebooks. The key of a pass also covers the kernel's environment and the inputs

@@ -27,7 +27,7 @@ _DAY = 86400.0
 class RunHistory(Struct, frozen=True, kw_only=True):
     """The last run of a notebook.
 
-    ``seconds`` is its duration, ``passed`` the key of the last pass.
+    ``seconds`` is its duration, ``passed`` the fingerprint of the last run that passed.
     """
 
     seconds: float | None = None

@@ -1,1 +1,1 @@
-"""From evidence to a verdict: pure rules, and the document that holds their answer."""
+"""Turns evidence into a verdict, by rules that are pure functions."""

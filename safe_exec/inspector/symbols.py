@@ -1,7 +1,7 @@
 """Finds the function at an address of a library, from the symbol tables of its ELF file.
 
-Unwinding an overflowed stack may take too long, but its innermost function can be found without.
-Format: elf(5), 64-bit and little-endian only.
+Unwinding an overflowed stack may take too long, but its innermost function can be found without
+unwinding. Format: elf(5), 64-bit and little-endian only.
 """
 
 from __future__ import annotations

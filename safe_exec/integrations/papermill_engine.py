@@ -256,7 +256,7 @@ class Relay:
             raise SafeExecError(headline(verdict))
 
     def _place(self, verdict: Verdict) -> int | None:
-        """Return the cell that gets the error: the crash cell, the first not run, or the last."""
+        """Return the cell for the error: the crash cell, the first not run, or the last one."""
         if verdict.crash_cell is not None:
             return verdict.crash_cell.index
         code = [

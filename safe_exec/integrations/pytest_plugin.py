@@ -663,7 +663,7 @@ class NotebookItem(pytest.Item):
         self.__dict__.pop("location", None)
 
     def reportinfo(self) -> tuple[Path, int, str]:
-        """Return file, line and name; the line is that of the failure in the JSON, from 0."""
+        """Return path, line (from 0, of the failure if there is one) and name of the test."""
         return self.path, self._line, self.name
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:

@@ -44,7 +44,7 @@ BOOT = (
 
 
 class ChildEnds(NamedTuple):
-    """Descriptors for the keeper's child: stderr, the pipe for its error, those of the kernel."""
+    """The descriptors for the keeper's child: its stderr, a pipe for its error, the kernel's."""
 
     stderr: int
     error: int

@@ -1,6 +1,7 @@
 """The last steps of a process that becomes the kernel: descriptors, limits, walls, execution.
 
-The keeper's child takes them, or the child of the init inside bubblewrap. Standard library only.
+The keeper's child carries them out, or the child of the init inside bubblewrap. Standard library
+only.
 """
 
 import _signal as signal  # type: ignore[import-not-found]  # what signal is made of, without enum

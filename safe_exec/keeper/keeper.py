@@ -372,7 +372,7 @@ class Keeper:
         return True
 
     def dump_stack(self) -> None:
-        """Read a last stack. The main thread allocates nothing while it writes one."""
+        """Request the main thread's stack and read it. Writing it takes no memory in the kernel."""
         if self.request_stack():
             self.crash_output.wait_for_stack(self.pid)
 

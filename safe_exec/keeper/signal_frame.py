@@ -1,10 +1,10 @@
 """The processor's state at a fatal signal, read from outside. Linux only; standard library only.
 
-Before the system calls a signal handler it saves the interrupted thread's registers on the stack
-that the handler will use (sigreturn(2), arch/x86/kernel/signal_64.c, arch/arm64/kernel/signal.c).
-The fault handler of a dying kernel blocks in write(2) on our small socket (see
-keeper/crash_output.py), so the saved registers lie a few hundred bytes above its stack pointer, and
-stay there until we read the socket.
+Before Linux calls a signal handler, it saves the interrupted thread's registers on the stack that
+the handler will use (sigreturn(2), arch/x86/kernel/signal_64.c, arch/arm64/kernel/signal.c). The
+fault handler of a dying kernel blocks in write(2) on our small socket (see keeper/crash_output.py),
+so the saved registers lie a few hundred bytes above its stack pointer, and stay there until we read
+the socket.
 
 They hold the address whose access failed, the stack pointer and the instruction. Together with
 /proc/PID/maps they tell a stack overflow from any other bad access, in every thread and however

@@ -495,7 +495,7 @@ class TrialClient(NotebookClient):  # type: ignore[misc]
         return recovered
 
     def _already(self, record: Text) -> int:
-        """Return how many characters of a record have arrived."""
+        """Return how many characters of a text in the journal have arrived in messages."""
         # The journal numbers the characters of each stream, and the wire delivers them in order.
         return max(0, self.accounts.characters[record.stream] - record.start)
 

@@ -139,11 +139,10 @@ def polled_lock(kernel: int, others: Iterable[int]) -> ObservedLock | None:
 def named_lock(text: str, source: str, kernel: int, others: Iterable[int]) -> ObservedLock | None:
     """Return the lock that an error is about: on a file that it names, or on a database.
 
-    If the error mentions a lock, the files that ``source``, the code of the cells, names count too.
-    ``None`` if the error does not read like a refused lock, or nobody holds one.
-
-    ``others`` are the sandbox's other processes; they come first, since a child may have inherited
-    the kernel's open file. A holder outside the sandbox is found by the file's inode.
+    If the error mentions a lock, files named in ``source`` (the code of the cells) count too.
+    Returns ``None`` if the error does not read like a refused lock, or nobody holds one. ``others``
+    are the sandbox's other processes; they come first, since a child may have inherited the
+    kernel's open file. A holder outside the sandbox is found by the file's inode.
     """
     if not LOCK_REFUSED.search(text):
         return None

@@ -61,7 +61,7 @@ class PrestartedKernel:
     ) -> None:
         """Start the kernel without waiting for it; do nothing if ``find_spec`` does not support it.
 
-        If the start fails, ``outcome`` raises the error, not this.
+        If the start fails, ``outcome`` raises the error, and this method does not.
         """
         # An error belongs in the verdict of the run, which does not exist yet.
         spec = find_spec(kernel_name)

@@ -341,7 +341,11 @@ class _Stack:
         self.warnings: list[str] = []
 
     def lay(self, layer: Layer, *, refuse: str = "") -> None:
-        """Put ``layer`` on top. If ``refuse`` gives a reason, its values may only tighten."""
+        """Merge ``layer`` over the lower ones.
+
+        If ``refuse`` gives a reason, looser values are ignored, with a warning that names the
+        reason.
+        """
         ignored: list[str] = []
         previous = self.limits
         if refuse:

@@ -46,7 +46,7 @@ class Notebooks:
         return await self._run(job, sink)
 
     async def bisect_session(self, path: Path, budget_seconds: float, sink: EventSink) -> Verdict:
-        """Search in a session that safe-exec recorded itself. Raises SafeExecError."""
+        """Search a session that safe-exec recorded for the culprits. Raises SafeExecError."""
 
         async def work(cancellation: Cancellation) -> Verdict:
             verdict_path = notebook.default_outputs(path).verdict

@@ -141,7 +141,7 @@ class _Whole(Struct, frozen=True):
 
 
 def _for_a_file(node: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the notebook with each text marked for its division into lines, as nbformat does it.
+    """Return the notebook with its texts marked as lines, wherever nbformat writes lists of lines.
 
     Everything else is shared with the original.
     """

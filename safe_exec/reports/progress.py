@@ -257,7 +257,7 @@ def _amounts(limit: LimitName, used: float | None, allowed: float) -> tuple[str,
 
 
 def plain_line(event: events.Event, situation: Situation) -> str | None:
-    """Return the additional line for a log file: start, slow or failed cells, the search."""
+    """Return the additional line that a log file gets for this event; ``None`` for most events."""
     match event:
         case events.KernelReady():
             return f"kernel {common.single_line(situation.kernel)} ready after {format_seconds(event.time)}"

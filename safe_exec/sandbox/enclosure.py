@@ -329,7 +329,7 @@ def demand_narrow(folder: Path, isolation: Isolation) -> None:
 
 
 def settled(isolation: Isolation) -> Isolation:
-    """Resolve the paths of an isolation on this machine. Raises IsolationError.
+    """Return ``isolation`` with its paths resolved on this machine. Raises IsolationError.
 
     Paths to hide that do not exist are dropped.
     """

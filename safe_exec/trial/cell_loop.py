@@ -95,7 +95,7 @@ class CellLoop:
         return self.state.session
 
     async def run(self) -> Ending:
-        """Run all cells. Raises Stop if the run ends with one of them."""
+        """Run all cells. Raises Stop if a cell ends the run."""
         client = self.session.client
         # One task for all cells: each waits for its end and for this.
         self._stop = asyncio.create_task(self.state.stopping.wait())
@@ -137,7 +137,7 @@ class CellLoop:
         return None
 
     async def _run_cell(self, client: TrialClient, index: int, cell: Any) -> None:
-        """Run one cell under its limits. Raises Stop if the run ends with it."""
+        """Run one cell under its limits. Raises Stop if the cell ends the run."""
         # A limit may strike between two cells.
         if self.state.stopping.is_set() or self.session.kill_reason is not None:
             self._record_last_end()
@@ -229,7 +229,7 @@ class CellLoop:
             self.state.forget_observation()
 
     def _deadline(self, limits: Limits, index: int) -> float | None:
-        """Return the moment of the first of the two time limits, on the clock of the trial."""
+        """Return when the time of the cell or of the notebook is up, on the clock of the trial."""
         moments = [self._cell_deadline(limits, index), self.request.limits.timeout]
         return min((moment for moment in moments if moment is not None), default=None)
 
@@ -248,7 +248,7 @@ class CellLoop:
     async def _over_time(
         self, execution: asyncio.Future[Any], index: int, limits: Limits, *, recognised: bool
     ) -> None:
-        """Observe, interrupt, wait for the grace time, then kill the kernel.
+        """Observe and interrupt the kernel, wait for the grace time, then kill the kernel.
 
         Raises Stop unless the run is ending for another reason.
         """

@@ -150,7 +150,7 @@ class Reach:
         return self._tops[path]
 
     def leads_to(self, folder: str) -> bool:
-        """Tell whether a directory exists inside: it, or a part of it, is accessible."""
+        """Tell whether a directory exists for the kernel, because it or a part is accessible."""
         if self.to(folder) is not Access.HIDDEN:
             return True
         below = f"{folder.rstrip('/')}/"

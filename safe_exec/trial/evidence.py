@@ -180,7 +180,7 @@ def _fault(state: TrialState) -> FaultReport | None:
 
 
 def _memory_peak(state: TrialState, kills: int | None, raw: int | None) -> int | None:
-    """Return the highest unreclaimable memory."""
+    """Return the highest unreclaimable memory of the run, in bytes."""
     # When the limit kills a process, everything reclaimable has been reclaimed: then the peak is
     # the raw charge.
     peak, limit = state.metrics.memory_peak, state.request.limits.memory

@@ -447,7 +447,7 @@ def _first(match: re.Match[str]) -> str:
 def _names(line: str) -> list[str]:
     """Return everything in a line that may be a path.
 
-    Quoted text, and words that begin like one.
+    Candidates are quoted texts and words that begin like a path.
     """
     quoted = [
         match[1].strip().removeprefix("file://")

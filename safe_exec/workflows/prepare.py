@@ -200,7 +200,7 @@ class PreparedJob(Struct, frozen=True, kw_only=True):
         return self.limits.plan(self.run_id)
 
     def fresh_node(self) -> Any:
-        """Return a copy of the notebook that runs, without the outputs of this run."""
+        """Return a copy of the prepared notebook in its state before the run, without outputs."""
         stripped = notebook.strip_annotations(self.notebook.node)
         return notebook_inputs.apply(stripped, self.job.inputs, self.language).node
 

@@ -681,7 +681,7 @@ def _read_ahead() -> EventSink:
 
 
 def _compile_ahead() -> None:
-    """Compile the rules' patterns, one per tick, in a run that has lasted for a while."""
+    """Compile the rules' patterns, one at a time, in a run that has lasted for a while."""
     # A run that dies sooner compiles the few that its death needs.
     if patterns.compile_next():
         asyncio.get_running_loop().call_later(_SENT_SECONDS, _compile_ahead)

@@ -66,7 +66,7 @@ def describe(source: Path, sha256: str) -> SourceFiles:
 
 
 def with_base(source: SourceFiles, out: Path, most: int = MOST_BYTES) -> SourceFiles:
-    """Choose the folder to send: the repository around the notebook, or its folder.
+    """Choose the folder to send: the repository around the notebook, or the notebook's folder.
 
     Raises UsageError if both are too large.
     """

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class FileTransfers:
-    """The archives of a batch and their transfers. ``out`` is left out of the archives."""
+    """The archives of a batch and their transfers. They lack the output directory ``out``."""
 
     def __init__(self, client: Client, out: Path) -> None:
         self.client, self.out = client, out

@@ -66,7 +66,7 @@ def doing_text(context: Context, activity: Activity) -> str:
 
 
 def _lock_text(context: Context, observation: ActivityObservation, activity: Activity) -> str:
-    """Describe a wait for something other than a process; empty for any other wait."""
+    """Describe a wait for a file lock or for the notebook's own pipe; empty for any other wait."""
     if (lock := waiting.awaited_lock(observation)) is not None:
         taken_text = _taken_text(context, lock)
         return (

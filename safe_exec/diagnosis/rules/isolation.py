@@ -1,8 +1,8 @@
 """A cell asked for an existing file, variable, module or program that isolation took away.
 
-The kernel names the thing in an error or an output. That the thing exists outside the sandbox, and
-that this run's isolation takes it away, is checked outside (``Evidence.conflicts``). Without both,
-the error is an exception like any other.
+The kernel names the thing in an error or an output. safe-exec checks outside the sandbox that the
+thing exists there, and that this run's isolation takes it away (``Evidence.conflicts``). Without
+both, the error is an exception like any other.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Limits that end a run or raise in a cell.
+"""Limits that end a run or raise an error in a cell.
 
-Output, processes, open files, file size, disk, calls.
+They are those of output, processes, open files, file size, disk and system calls.
 """
 
 from __future__ import annotations

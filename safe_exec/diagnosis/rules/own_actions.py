@@ -154,7 +154,7 @@ def _last(actions: tuple[OwnAction, ...], fits: Callable[[OwnAction], bool]) -> 
 
 
 def _with_signal(context: Context, cause: Cause) -> Cause:
-    """Add the sender of the signal that killed the kernel or its parent."""
+    """Add to the cause the sender of the signal that killed the kernel or its parent."""
     evidence = context.evidence
     if (
         not isinstance(context.ending, Died)
@@ -240,7 +240,7 @@ def _advice_for_signal(action: OwnAction) -> str:
 
 
 def _with_program(context: Context, cause: Cause, number: int | None) -> Cause:
-    """Add a command of the cell that sends signals, or the lookup of a C function that does."""
+    """Add to the cause the cell's own command or function call that sends signals."""
     # An ending without a cell happened between two cells.
     cell = getattr(context.ending, "cell", None)
     program = _last(
@@ -278,7 +278,7 @@ def _just_before(context: Context, action: OwnAction) -> bool:
 
 
 def _with_interrupt(context: Context, cause: Cause) -> Cause:
-    """Add the sender of the interrupt to a KeyboardInterrupt that the notebook itself caused."""
+    """Add to a KeyboardInterrupt that the notebook itself caused the sender of the interrupt."""
     ending = context.ending
     if not isinstance(ending, CellFailed) or ending.error.ename != "KeyboardInterrupt":
         return cause
@@ -298,7 +298,7 @@ def _with_interrupt(context: Context, cause: Cause) -> Cause:
 
 
 def _with_stop(context: Context, cause: Cause) -> Cause:
-    """Add the sender of the signal with which a kernel stopped itself."""
+    """Add to the cause the sender of the signal with which a kernel stopped itself."""
     ending = context.ending
     if not isinstance(ending, TimedOut) or cause.activity is not Activity.STOPPED:
         return cause
@@ -327,7 +327,7 @@ def _with_stop(context: Context, cause: Cause) -> Cause:
 
 
 def _with_program_in_its_place(context: Context, cause: Cause) -> Cause:
-    """Add the program that replaced the kernel; its ending was the kernel's ending."""
+    """Add to the cause the program that replaced the kernel; its ending was the kernel's ending."""
     actions = context.evidence.own_actions
     # A failed exec returns, and further actions follow it.
     executed = _last(actions, lambda action: action.kind == "exec")
@@ -365,7 +365,7 @@ def _ending(cause: Cause) -> str:
 
 
 def _with_limit(context: Context, cause: Cause) -> Cause:
-    """Add a resource limit that the notebook itself lowered, if the cause may come from it."""
+    """Add to the cause a resource limit that the notebook lowered, if the two may be related."""
     limit = next((limit for limit in _lowered(context) if _may_come_from(cause, limit)), None)
     if limit is None:
         return cause
@@ -458,7 +458,7 @@ COMPUTING = (Activity.PYTHON_LOOP, Activity.NATIVE_CODE)
 
 
 def _with_trace(context: Context, cause: Cause) -> Cause:
-    """Mention in the cause an active trace function, since it slows down each line or call."""
+    """Add to the cause an active trace function, which slows down each line or call."""
     ending = context.ending
     if not isinstance(ending, TimedOut) or cause.activity not in COMPUTING:
         return cause

@@ -255,7 +255,7 @@ def _own_writes(observation: ActivityObservation) -> frozenset[str]:
 def _own_reads(observation: ActivityObservation) -> frozenset[str]:
     """Return the pipes that the kernel only reads.
 
-    Such a read ends when no other process holds the writing end.
+    A read from such a pipe ends once no other process holds its writing end.
     """
     return frozenset(observation.reads) - frozenset(observation.writes)
 

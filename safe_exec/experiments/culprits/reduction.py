@@ -2,8 +2,8 @@
 
 The search for cells also searches for statements, once for each depth of blocks, the outermost
 first. The statements at this depth take the place of the cells. Everything that must stay (the
-lines of the crash and of its stack, and the blocks around the statements) takes that of the crash
-cell.
+lines of the crash and of its stack, and the blocks around the statements) takes the place of the
+crash cell.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ class Reduction:
         return read_cell(textwrap.dedent(self._text(number))).defines
 
     def _text(self, number: int) -> str:
-        """Return the remaining text of a piece."""
+        """Return the text of the piece ``number`` without its removed parts."""
         piece = self.pieces[number]
         numbers = [n for n in self.numbers(self.selection, piece.cell) if piece.span.has(n)]
         return text_of(self.sources[piece.cell], numbers)

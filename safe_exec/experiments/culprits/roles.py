@@ -147,7 +147,7 @@ def _through(effect: Effect, functions: Mapping[str, Effect]) -> Effect:
 
 
 def _for_users(culprit_set: CulpritSet, index: int, effect: Effect) -> Effect:
-    """Name, in the text of an effect, the culprits that use the changed object."""
+    """Add to the text of an effect the culprits that use the changed object."""
     if effect.kind < EffectKind.OBJECT or effect.name is None:
         return effect
     positions = {cell: culprit_set.order.index(cell) for cell in culprit_set.cells if cell > index}

@@ -280,10 +280,10 @@ class Dependencies:
     ) -> tuple[int, str] | None:
         """Return the cell and the name of a NameError that is certain to end a run of ``subset``.
 
-        The error comes before the crash could happen again; another error may end the run even
-        earlier, for example in a loop that need not run. Only names that an omitted cell binds
-        visibly are certain: all others came from elsewhere, since the whole notebook did run. The
-        caller must exclude cells whose errors do not end the run.
+        The error comes before the crash can happen again, and another error may come even earlier.
+        Only names that an omitted cell binds visibly are certain: all others came from elsewhere,
+        since the whole notebook did run. The caller must exclude cells whose errors do not end the
+        run.
         """
         bound_names: set[str] = set()
         for index in sorted({index for index in subset if self.is_python and 0 <= index <= crash}):

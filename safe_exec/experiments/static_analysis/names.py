@@ -90,7 +90,7 @@ class _Scope(Struct, kw_only=True):
 
 
 class _Bag(defaultdict[str, set[str]]):
-    """Sets of names by usage."""
+    """Sets of names, one set for each way in which code uses a name."""
 
     def __init__(self) -> None:
         super().__init__(set)

@@ -83,7 +83,7 @@ class BatchProgress:
             quietly(live.stop)
 
     def begin(self, total: int, jobs: int) -> None:
-        """Start with ``total`` notebooks, at most ``jobs`` at a time, 0 if a cluster decides."""
+        """Start with ``total`` notebooks, at most ``jobs`` at a time (0: a cluster decides)."""
         self._total, self._began = total, self._clock()
         at_a_time = f", {jobs} at a time" if jobs else ""
         self._say(f"{common.counted(total, 'notebook')}{at_a_time}", "dim")

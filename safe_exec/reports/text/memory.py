@@ -149,7 +149,7 @@ def by_line(memory: MemoryUse) -> list[tuple[AllocationLine, int, tuple[CallSite
 
 
 def line_sizes(memory: MemoryUse | None, code_index: int) -> dict[int, str]:
-    """Return the memory that each line of a code cell allocated, by its number."""
+    """Return, by line number, the memory that each line of a code cell allocated."""
     rows = [] if memory is None else by_line(memory)
     return {line.line: format_size(size) for line, size, _ in rows if line.code_index == code_index}
 

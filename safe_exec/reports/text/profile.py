@@ -38,7 +38,7 @@ def _caller(row: ProfileLine, verdict: Verdict) -> str:
 
 
 def line_times(verdict: Verdict, code_index: int) -> dict[int, str]:
-    """Return the time of each line of a code cell, by its number."""
+    """Return, by line number, the time of each line of a code cell."""
     return {
         row.line: format_seconds(row.seconds)
         for row in verdict.profile

@@ -45,9 +45,10 @@ class RepositoryAccess(Struct, frozen=True, kw_only=True):
 def repository_access(
     isolation: Isolation, folder: Path, *, homes: Iterable[Path], has_disk_limit: bool
 ) -> RepositoryAccess:
-    """Return the access of one run. ``isolation`` and ``folder`` have paths without links.
+    """Return a run's access to the repository around the folder.
 
-    ``homes`` are the directories that ``hide_home`` hides.
+    ``isolation`` and ``folder`` have paths without links. ``homes`` are the directories that
+    ``hide_home`` hides.
     """
     # With a disk limit, or with a folder that is not written to, the repository is at most
     # readable. Files written there would count against no limit, and would stay after the run.

@@ -124,7 +124,7 @@ def cpus_available() -> int:
 
 
 def cgroup_mounts() -> dict[str, tuple[Path, str]]:
-    """Map each controller (``""`` for the unified hierarchy) to mount point and mounted root."""
+    """Map each controller (``""``: unified hierarchy) to its mount point and the cgroup there."""
     # The root differs from ``/`` inside a container that shares the host's cgroup namespace
     # (proc_pid_mountinfo(5)).
     # The first mount of a controller counts: later ones may be bind mounts of parts of it.

@@ -314,7 +314,7 @@ def _lies_in(path: Path, tops: Iterable[Path]) -> bool:
 def _ways(openings: Openings, covers: Sequence[Cover]) -> Mapping[Path, bool]:
     """Return the directories that lead from a covered directory to a mount in it.
 
-    The value is true for those to make read-only.
+    The value of a directory is true if it must be made read-only.
     """
     # A file written into such a directory would be lost after the run, although a directory of that
     # name outside exists and a user would expect it there. So in a writable cover the first

@@ -161,7 +161,7 @@ def seconds_allowed(seconds: Iterable[float], time_budget: float) -> float:
 
 
 def answer_of(failure: Failure, ending: ForkEnding) -> ForkAnswer | None:
-    """Return the answer that follows from an ending; ``None`` if it takes a trial from scratch."""
+    """Return the answer that an ending gives; ``None`` if only a trial from scratch can tell."""
     if ending.odd is not None or ending.status is None or ending.cell is None:
         return None
     if ending.passed or ending.error is not None:

@@ -292,7 +292,7 @@ def _crash(crash: CrashCell, verdict: Verdict, source: Placed | None) -> dict[st
 
 
 def _line_costs(verdict: Verdict, code_index: int) -> dict[int, list[str]]:
-    """Return the time of each line of a cell and the memory that it allocated, by its number."""
+    """Return, by line number, the time of each line of a cell and the memory that it allocated."""
     times = profile.line_times(verdict, code_index)
     sizes = memory.line_sizes(verdict.memory, code_index)
     return {line: [times.get(line, ""), sizes.get(line, "")] for line in {*times, *sizes}}
@@ -377,10 +377,10 @@ def _culprit(
 def code(
     source: str | None, source_line: str | None, line: int | None, most: int
 ) -> dict[str, Any] | None:
-    """Return lines of source: ``first`` is the number of the first, ``marked`` the highlighted one.
+    """Return at most ``most`` lines of source around the highlighted one, fewer if they are long.
 
-    At most ``most`` lines around the highlighted one, fewer if they are long; ``cut`` counts the
-    lines that were left out.
+    ``first`` is the number of the first line, ``marked`` that of the highlighted one, and ``cut``
+    the number of lines that were left out.
     """
     if source is None:
         if not source_line:
