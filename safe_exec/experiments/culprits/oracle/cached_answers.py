@@ -38,7 +38,10 @@ class CachedAnswers:
         self._subject, self._folder, self._cache = subject, folder, cache
 
     def get(self, query: Query, node: Any | None) -> Reply | None:
-        """Return the known answer to a query, of the notebook ``node`` if it is another one."""
+        """Return the known answer to a query, or ``None``.
+
+        ``node`` is the notebook that runs, if it is not the subject's own.
+        """
         if query.fresh or self._cache is None:
             return None
         entry = self._cache.get(self._key(query, node), CachedAnswer)

@@ -39,7 +39,7 @@ def first_to_wait(cells: Sequence[int], seconds: Mapping[int, float]) -> int:
 
 
 class Companion:
-    """The cells of such a trial, and the decision that it waits for."""
+    """The cells of a companion, and the decision that it waits for."""
 
     def __init__(self, cells: Sequence[int], seconds: Mapping[int, float]) -> None:
         self._cells = frozenset(cells)
@@ -53,7 +53,7 @@ class Companion:
         return index in self._cells
 
     def fits(self, cells: Collection[int]) -> bool:
-        """Tell whether this trial, as far as it has run, also serves a run of these cells."""
+        """Tell whether ``cells`` and this trial's cells agree up to the first one that waits."""
         first = self._first_to_wait
         return {c for c in cells if c < first} == {c for c in self._cells if c < first}
 
@@ -72,7 +72,7 @@ class Companions:
 
     @property
     def is_running(self) -> bool:
-        """Whether there is one."""
+        """Whether a companion runs."""
         return self._current is not None
 
     async def accompany(self, query: Query, *, is_needed: bool) -> None:

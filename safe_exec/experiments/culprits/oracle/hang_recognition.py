@@ -1,4 +1,4 @@
-"""Looks for the picture of the hang that is searched for while a trial runs.
+"""Compares a running trial with the picture of the known hang.
 
 A cell that is only slow may show the same picture. So a trial goes on after its hang was
 recognised, if the machine has room for it beside the next one (``hang_runs.py``).
@@ -23,7 +23,7 @@ from safe_exec.trial.request import HangRecognition
 
 
 class HangWatch:
-    """Records that the hang of a trial in one cell was recognised and that the trial continues."""
+    """Recognises the known hang in one trial, and decides whether that trial continues."""
 
     def __init__(self, cell: int, has_room: Callable[[], bool]) -> None:
         self._cell, self._has_room = cell, has_room

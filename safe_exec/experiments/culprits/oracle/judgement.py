@@ -1,4 +1,4 @@
-"""Judges the end of a trial: what it answers to a query, and whether that may be kept. Pure."""
+"""Derives the answer to a query from the end of a trial, and tells whether to cache it. Pure."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def judge(
 
 
 def is_other_death(reply: Reply) -> bool:
-    """Tell whether a trial ended in a way that the user should know of, and that says nothing."""
+    """Tell whether a trial ended in a failure, other than an exception, that answers no query."""
     return (
         reply.answer is Outcome.UNRESOLVED
         and not reply.cut

@@ -82,7 +82,7 @@ class Oracle:
         self._hang_runs = HangRuns(subject.request.cancellation)
 
     async def close(self) -> None:
-        """End all kernels: of the forks, of trials that go on, and of a query that never came."""
+        """End all kernels: those of forks and of trials that go on, and one that no query took."""
         await self._forks.close()
         await self._hang_runs.close()
         await self._companions.close()
@@ -148,7 +148,7 @@ class Oracle:
 
     @property
     def fork_note(self) -> str | None:
-        """Why forks gave no answers, or not from all states."""
+        """The reason why forks gave no answers, or why not from all states."""
         return self._forks.note
 
     def recognition_seconds(self) -> float | None:

@@ -55,7 +55,7 @@ class SpareKernel:
             self._next = self._start()
 
     async def close(self) -> None:
-        """End the kernel of a query that never came."""
+        """End the kernel if no query has taken it."""
         started, self._next = self._next, None
         if started is not None:
             await started.trial.discard()

@@ -49,8 +49,8 @@ class UnconfirmedFailures:
     ) -> bool:
         """Compare the end of a run with earlier answers; tell whether it contradicts a fork.
 
-        ``forked`` is the answer of a fork to the same query. ``of_cells``: the run was of whole
-        cells, not of parts of them.
+        ``forked`` is the answer of a fork to the same query. ``of_cells`` is true if the run was of
+        whole cells, not of parts of them.
         """
         if reply.cut:
             return False
