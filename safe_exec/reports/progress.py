@@ -19,7 +19,7 @@ from safe_exec.model.ending import ExitStatus, TerminationReason
 from safe_exec.model.limits import LimitName
 from safe_exec.model.verdict import CellStatus
 from safe_exec.reports.terminal import Style, is_terminal
-from safe_exec.reports.text import common, layout
+from safe_exec.reports.text import common
 from safe_exec.units import format_seconds, format_size
 
 if TYPE_CHECKING:
@@ -279,17 +279,6 @@ def plain_line(event: events.Event, situation: Situation) -> str | None:
     return None
 
 
-def _is_failure(event: events.Event) -> bool:
-    match event:
-        case events.CellFinished():
-            return event.status in (CellStatus.FAILED, CellStatus.KILLED)
-        case events.Killed():
-            return event.reason is not TerminationReason.SHUTDOWN
-        case events.KernelEnded():
-            return not event.expected
-    return isinstance(event, events.LimitReached | events.Interrupted)
-
-
 def _finished(event: events.CellFinished, situation: Situation) -> str:
     parts = [f"{situation.cell_of(event.code_index)} {event.status.value}"]
     if event.seconds is not None:
@@ -319,7 +308,6 @@ class Progress:
         self._last_draw = float("-inf")
         self._last_event = 0.0
         self._ticking = False
-        self._preloaded = False
 
     def __enter__(self) -> Self:
         if not self._silent and is_terminal(self._stream):
@@ -340,10 +328,6 @@ class Progress:
     def __call__(self, event: events.Event) -> None:
         """Show an event."""
         self._situation.take(event)
-        # The diagnosis of a failure follows.
-        if not (self._preloaded or self._silent) and _is_failure(event):
-            self._preloaded = True
-            layout.preload()
         self._last_event = self._clock()
         if not self._silent and not quietly(lambda: self._show(event)):
             # A closed terminal silences the display; the run goes on.

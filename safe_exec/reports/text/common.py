@@ -67,14 +67,18 @@ def code_line(text: str) -> str:
 
 def display_width(text: str) -> int:
     """Return the columns of ``text`` on a terminal: 2 for wide characters, 0 for combining ones."""
-    # Most lines hold no other characters than these, and need no rich. Control characters take no
-    # column there.
-    plain = text.translate(_OWN_SIGNS)
-    if plain.isascii() and plain.isprintable():
+    if is_plain(text):
         return len(text)
     from rich.cells import cell_len
 
     return cell_len(text)
+
+
+def is_plain(text: str) -> bool:
+    """Tell whether each character takes one column, as in most lines. They need no rich."""
+    # Control characters take no column.
+    plain = text.translate(_OWN_SIGNS)
+    return plain.isascii() and plain.isprintable()
 
 
 def clip(text: str, width: int) -> str:
@@ -83,9 +87,11 @@ def clip(text: str, width: int) -> str:
         return text
     if width < 1:
         return ""
+    # One column is for the ellipsis.
+    if is_plain(text):
+        return text[: width - 1].rstrip() + "…"
     from rich.cells import set_cell_size
 
-    # One column is for the ellipsis.
     return set_cell_size(text, width - 1).rstrip() + "…"
 
 

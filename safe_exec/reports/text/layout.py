@@ -1,19 +1,18 @@
 """Lay out text for a terminal with rich: paint, wrap, and align in columns.
 
-rich is imported on first use. The import takes some 18 ms: ``run`` needs it for a failure alone,
-and begins with the first sign of one (``preload``).
+rich is imported on first use: the import takes some 18 ms. A run draws with it on a terminal, but
+the diagnosis of most failures needs it for nothing else.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
-import threading
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-from safe_exec.reports.text.common import display_width
+from safe_exec.reports.text.common import display_width, is_plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,23 +28,6 @@ LEAST_WIDTH = 24
 """The columns that wrapped text gets on any terminal, however narrow."""
 
 
-def preload() -> None:
-    """Import rich on a thread, so that the diagnosis need not wait for it."""
-    # A daemon: the import must not hold up a program that ends meanwhile.
-    # Where no thread can start, the diagnosis imports rich.
-    with contextlib.suppress(RuntimeError):
-        threading.Thread(target=_import_rich, name="import-rich", daemon=True).start()
-
-
-def _import_rich() -> None:
-    import rich.console
-    import rich.table  # noqa: F401 - for its later users
-
-    # RLIMIT_NPROC counts all tasks of a user: a thread that ends would leave its place to a notebook
-    # that has used up its own.
-    threading.Event().wait()
-
-
 def paint(style: str, text: str) -> str:
     """Return ``text`` between the escape sequences of one of ``STYLES``."""
     from rich.style import Style
@@ -55,9 +37,11 @@ def paint(style: str, text: str) -> str:
 
 def wrap(text: str, width: int) -> list[str]:
     """Break ``text`` at spaces into lines of at most ``width`` columns; longer words are split."""
-    # Most lines fit, and need no rich.
     if display_width(text) <= width:
         return [text] if text.strip() else []
+    # rich begins a new line for a word that is longer than a line.
+    if is_plain(text) and max(map(len, text.split()), default=0) <= width:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
     from rich.text import Text
 
     lines = Text(text).wrap(_console(width), width, overflow="fold")
