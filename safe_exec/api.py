@@ -194,7 +194,7 @@ def _refuse_unknown(arguments: Mapping[str, object]) -> None:
 def _refuse_a_running_loop() -> None:
     try:
         asyncio.get_running_loop()
-    # asyncio has no other question for this; without a loop it raises.
+    # asyncio offers no other way to ask; without a loop it raises.
     except RuntimeError:
         return
     raise RuntimeError(

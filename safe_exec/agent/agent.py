@@ -34,11 +34,12 @@ class Inside:
         # Id of a code object made of a cell's body -> its Source.
         self.codes = {}
         self.bodies = Bodies(self)
-        # Id of a header of the running cell -> it.
+        # Id of a header of the running cell -> the header, which keeps the id from being used
+        # again.
         self.headers = {}
-        # The same id -> as ipykernel's buffers are named after it.
+        # The same id -> the header in the form that names ipykernel's buffers.
         self.keys = {}
-        # The last of them, and its name.
+        # The last of these headers, and its form in ``keys``.
         self.live = [None, None]
         # References to the coroutines of statements, the innermost last.
         self.running = []

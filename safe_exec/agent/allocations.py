@@ -14,7 +14,7 @@ def record_allocations(inside):
     try:
         _, descriptors, _, _ = socket.recv_fds(inside.facts, 100, 1)
     except OSError:
-        # None was sent.
+        # No descriptor was sent.
         return
     for descriptor in descriptors:
         try:
@@ -22,7 +22,7 @@ def record_allocations(inside):
             destination = memray.FileDestination(
                 "/proc/self/fd/{}".format(descriptor), overwrite=True, compress_on_exit=False
             )
-            # It ends with the process.
+            # The tracker ends with the process.
             inside.tracker = memray.Tracker(destination=destination)
             inside.tracker.__enter__()
         except ImportError:

@@ -137,7 +137,7 @@ def surroundings(inside):
     try:
         folder = os.getcwd()
     except OSError:
-        # It was removed.
+        # The working directory was removed.
         folder = None
     return {
         "cwd": folder,

@@ -57,8 +57,8 @@ def main(argv):
     # While modules are imported there is nothing to collect.
     gc.disable()
     page, facts, fault, arguments = int(argv[0]), int(argv[1]), int(argv[2]), argv[6:]
-    # Where Python put our folder ``python -m`` has the working directory; ipykernel_launcher takes
-    # it off the path while it imports, and so do we.
+    # Python put our folder where ``python -m`` has the working directory. ipykernel_launcher takes
+    # that off the path while it imports, and so do we.
     placed = not (sys.flags.isolated or getattr(sys.flags, "safe_path", False))
     if placed:
         del sys.path[0]

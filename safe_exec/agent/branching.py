@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-# They hang or abort in a child once they have been used, or hold a device.
+# Libraries that hang or abort in a child once they have been used, or that hold a device.
 UNFORKABLE = ("torch", "jax", "jaxlib", "polars", "tensorflow", "cupy", "nest_asyncio", "pyspark")
 LIBRARIES = ("libcuda", "libnvidia", "libtpu", "libjvm")
 # Their library has them start again in a child: jemalloc (background_thread_postfork_child), which
@@ -44,7 +44,7 @@ def descriptors():
         try:
             os.fstat(int(name))
         except OSError:
-            # The one by which the directory was read.
+            # This is the descriptor by which the directory itself is read.
             continue
         numbers.add(int(name))
     return numbers
@@ -64,7 +64,7 @@ def threads():
             with open("/proc/self/task/{}/comm".format(task)) as file:
                 count += file.read().strip() not in RENEWED_THREADS
         except OSError:
-            # It has just ended.
+            # The thread has just ended.
             continue
     return count
 
@@ -162,7 +162,7 @@ def look_at(folder, mounted, unwatched, files):
     try:
         entries = list(os.scandir(folder))
     except OSError:
-        # It has been removed, or is not for us to read.
+        # The folder has been removed, or we may not read it.
         return below
     for entry in entries:
         # In a run's own directory lie the kernel's sockets, and perhaps a folder to watch.

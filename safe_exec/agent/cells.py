@@ -134,7 +134,7 @@ def source_of(inside, name):
     if line_map is None:
         return None
     inside.first_text = False
-    # Two cells of the same text have the same file name: it is the one that runs.
+    # Cells with the same text have the same file name, which then stands for the one that runs.
     source = inside.files[name] = Source(page.cell, line_map)
     inside.fact(file=name, cell=page.cell, lines=line_map[:500])
     return source

@@ -76,7 +76,7 @@ class Census:
         self.credit = FIRST_SECONDS
         self.started = None
         self.charged_at = 0.0
-        # At the last census, and at the last one between two cells.
+        # The memory at the last census, and at the last one between two cells.
         self.last_bytes = None
         self.settled_bytes = None
         self.next_bytes = None
@@ -161,8 +161,8 @@ class Census:
             try:
                 self.look_after_cell()
             except BaseException:
-                # An interrupt that comes too late for the cell, or no memory. The cell's reply must
-                # not be lost for it.
+                # An interrupt came too late for the cell, or memory ran out. The cell's reply must
+                # not be lost because of that.
                 self.turn_off()
 
     def look_after_cell(self):
@@ -191,7 +191,7 @@ class Census:
         if moment - self.charged_at > LEAST_STATEMENT_SECONDS:
             self.charged_at = moment
             current = self.own_bytes()
-        # Without waiting: the sampling thread charges at the same moment.
+        # Do not wait for the lock: the sampling thread charges at the same moment.
         if self.lock.acquire(False):
             try:
                 growth.at_statement(current, ("<module>", line, self.inside.page.cell))
@@ -233,7 +233,7 @@ class Census:
                     break
                 bindings[name] = cell
         except (RuntimeError, TypeError):
-            # Another thread changed it, or the notebook replaced it.
+            # Another thread changed the namespace, or the notebook replaced it.
             return
 
     def take(self, current, settled=False):
@@ -274,8 +274,8 @@ class Census:
         unexplained = current - self.first_bytes - walk.total
         if finished and (self.is_thorough or unexplained > LEAST_UNEXPLAINED_BYTES):
             if not settled and not self.is_thorough:
-                # The running cell may only just have taken it: half of the time stays for the
-                # census after the cell.
+                # The running cell may only just have taken the memory: half of the time stays for
+                # the census after the cell.
                 walk.deadline -= seconds / 2
             self.measure(walk, self.modules.variables(self.modules.installed), rows)
             self.send(walk, rows, current, settled, finished)

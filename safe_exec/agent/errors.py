@@ -60,5 +60,5 @@ def rows_of(inside, error):
         return []
     callers = inside.frames(entry.tb_frame.f_back)
     rows = traceback_rows(inside, entry)
-    # Below the cell there is nothing but what runs it.
+    # Below the cell's frame there are only frames of the code that runs the cell.
     return rows[::-1] + (callers if callers and callers[-1][3] else [])

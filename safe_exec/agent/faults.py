@@ -12,7 +12,7 @@ from .attributes import note_file
 from .layout import DUMP_ALL_SIGNAL, DUMP_SIGNAL
 from .own_actions import EVENTS
 
-# They may end the process, which then writes nothing more.
+# Calls that may end the process, which then writes nothing more.
 LAST_CALLS = frozenset(("os.kill", "os.killpg", "signal.pthread_kill", "os.exec"))
 LOCAL = ("127.", "::1", "localhost", "0.0.0.0", "::ffff:127.", "::")
 
@@ -87,8 +87,8 @@ def watch(inside):
         real_exit(status)
 
     def closerange(fd_low, fd_high, /):
-        # It takes libzmq's descriptors too: one of its threads aborts the process now, or the main
-        # thread a little later.
+        # The call closes libzmq's descriptors too: one of its threads aborts the process now, or
+        # the main thread a little later.
         if not inside.child and inside.in_cell and _thread.get_ident() == inside.main:
             inside.here(sys._getframe(1))
         real_closerange(fd_low, fd_high)
@@ -127,7 +127,7 @@ def watch(inside):
                 and _thread.get_ident() == inside.main
             ):
                 note = bodies.note_exec if event == "exec" else bodies.note_compile
-                # What is compiled to look closer is not the notebook's.
+                # Code that we compile here is not the notebook's.
                 bodies.active = False
                 with contextlib.suppress(
                     Exception

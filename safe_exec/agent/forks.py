@@ -29,7 +29,7 @@ from .branching import files_in, inherited_state, threads, why_not_branchable
 MESSAGE_BYTES = 160_000
 LONGEST_TEXT = 2000
 LINE = struct.Struct("<Q")
-# What a process that cannot go on ends with; it says why in a message.
+# The exit status of a process that cannot go on; it tells the reason in a message.
 GIVEN_UP = 70
 
 
@@ -115,7 +115,7 @@ class Server:
         self.watched, self.unwatched = (), ()
         self.files = None
         self.loop = None
-        # The line of the statement that runs, which its process need not live on to tell.
+        # The line of the running statement, in memory that outlives the process that runs it.
         self.line = mmap.mmap(-1, LINE.size)
         inside.in_cell = False
         inside.at = self.note_line
@@ -236,7 +236,7 @@ class Server:
         try:
             if fork_quietly():
                 os._exit(0)
-            # Out of the group that is killed when the run ends.
+            # Leave the group that is killed when the run ends.
             os.setsid()
             ours.close()
             channel.close()
@@ -295,7 +295,7 @@ def detach(channel):
         try:
             os.dup2(null, fd, inheritable=os.get_inheritable(fd))
         except OSError:
-            # The one by which the directory was read.
+            # This is the descriptor by which the directory itself is read.
             continue
     os.close(null)
 

@@ -36,7 +36,7 @@ TEXT, MESSAGE = 1, 2
 NUL = b"\xc0\x80"
 # In the line of the header.
 FINISHED = 1 << 31
-# The main thread writes its own stack.
+# The signal at which the main thread writes its own stack.
 DUMP_SIGNAL = getattr(signal, "SIGRTMAX", 64) - 5
-# It writes the stacks of all threads, which is safe only while none of them can run.
+# The signal for the stacks of all threads, which is safe only while none of them can run.
 DUMP_ALL_SIGNAL = DUMP_SIGNAL - 1

@@ -9,7 +9,7 @@ import os
 import sys
 import types
 
-# What ipykernel's debugger imports of it.
+# The names that ipykernel's debugger imports from debugpy.
 FROM_DEBUGPY = (
     ("debugpy.server", "api"),
     ("_pydevd_bundle", "pydevd_frame_utils"),
@@ -126,7 +126,7 @@ def patch_debugger(inside):
 
     def load():
         if sys.breakpointhook is debugpy_breakpointhook:
-            # So that the import puts the real one there.
+            # Restore the default, so that the import installs debugpy's own hook.
             sys.breakpointhook = default
         import_debugpy(debugger)
 
@@ -134,7 +134,8 @@ def patch_debugger(inside):
         def __init__(self):
             import threading
 
-            # As the import makes one, only to look at it: the next ones have their numbers from it.
+            # The import makes one thread object too, so later threads get the same numbers as after
+            # it.
             threading.Thread()
 
         def __getattr__(self, name):
@@ -150,7 +151,7 @@ def patch_debugger(inside):
 
     def execfile(file, glob=None, loc=None):
         load()
-        # It takes the names of whoever calls it, which here would be ours.
+        # The function uses the globals of its caller's frame, which would be ours here.
         return builtins.execfile(file, sys._getframe(1).f_globals if glob is None else glob, loc)
 
     def runfile(*args, **kwargs):

@@ -110,11 +110,13 @@ class LineCoverage:
 
         class Measurement(base):
             def _warn(self, *_args, **_options):
-                # Not among the outputs of a cell. What matters is noticed below.
+                # Warnings must not appear among the outputs of a cell. Those that matter are
+                # noticed below.
                 pass
 
             def _post_save_work(self):
-                # Looks for source files that never ran, at each call: only the last one counts.
+                # The original looks for source files that never ran, at each call; only the last
+                # call counts.
                 pass
 
         options = {name: settings[name] or None for name in ("source", "include", "concurrency")}
@@ -155,7 +157,8 @@ class LineCoverage:
             return
         self.traces = self.owns(sys.gettrace())
         atexit.register(self.end)
-        # Not of `threading`: a notebook that lists its threads does not see it.
+        # The thread is not one of `threading`, so a notebook that lists its threads does not see
+        # it.
         _thread.start_new_thread(self.write_forever, ())
 
     def begin_cell(self):

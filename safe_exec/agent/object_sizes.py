@@ -257,7 +257,7 @@ class Walk:
         kinds = set(map(type, elements))
         if total > count:
             self.exact = False
-            # A few objects that appear again and again are all there is.
+            # The container holds the same few objects again and again.
             distinct = len(set(map(id, elements)))
             scale = part.weight * total / count if 2 * distinct > count else part.weight
         if kinds <= ATOMS:

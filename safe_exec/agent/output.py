@@ -41,7 +41,7 @@ MADV_WIPEONFORK = 18
 # Seconds between the two writes of a print; what takes longer is something else.
 LONGEST_GAP = 3e-6
 GAP_SAMPLES = 16
-# Of the time that asking the pipe takes; to write to it takes longer.
+# As a share of the time of a poll: a write to the pipe takes longer than that.
 POLL_SHARE = 0.7
 
 
@@ -124,8 +124,8 @@ def patch_quick_writes(stream_class, write_of):
     @functools.wraps(init)
     def init_with_write(stream, *args, **kwargs):
         init(stream, *args, **kwargs)
-        # Before any cell runs: IPython puts its own in this place for as long as a cell runs, and
-        # this one back after it.
+        # This happens before any cell runs: IPython replaces the method while a cell runs, and
+        # restores this one afterwards.
         try:
             stream.write = write_of(stream)
         except AttributeError:
@@ -261,8 +261,8 @@ def patch_messages(inside):
     @functools.wraps(start)
     def start_ready(thread):
         start(thread)
-        # It wakes itself by a socket that it makes at its first flush: too late where a cell has
-        # taken all descriptors, and the cell hangs.
+        # The thread wakes itself by a socket that it makes at its first flush. That is too late
+        # where a cell has taken all descriptors, and the cell would hang.
         if hasattr(thread, "_event_pipe"):
             thread.schedule(lambda: thread._event_pipe)
 

@@ -120,9 +120,9 @@ class OwnActions:
 
     def note_trace(self, event, frame):
         """Record that a trace function is about to be set or removed; it is reported later."""
-        # From CPython 3.11 on, setting one fails in any thread while the audit hook of such a call
-        # runs in another (a flag of the whole process). Sending lets other threads run, and debugpy
-        # then waited forever for one of them.
+        # From CPython 3.11 on, setting a trace function fails in any thread while the audit hook of
+        # such a call runs in another (a flag of the whole process). Sending lets other threads run,
+        # and debugpy then waited forever for one of them.
         if self.inside.coverage.installs(frame):
             return
         self.traces += 1

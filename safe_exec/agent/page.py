@@ -17,7 +17,7 @@ class Page:
         self.lock = _thread.RLock()
         self.pid = os.getpid()
         self.segment = 0
-        # Of the last record's payload.
+        # The start of the last record's payload.
         self.start = 0
         self.end = layout.PAGE_BYTES + layout.SEGMENT_BYTES
         self.memory.seek(
@@ -128,8 +128,8 @@ class Page:
         self.start = offset + layout.RECORD.size
         memory.seek(self.start)
         memory.write(data)
-        # Last: up to here a reader may trust. A text that is written on is the last record, and
-        # ends where memory is zero.
+        # Written last: a reader may trust the memory up to here. A text that is written on is the
+        # last record, and ends where memory is zero.
         struct.pack_into("<I", memory, base, self.start - base)
         return switched
 

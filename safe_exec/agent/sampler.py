@@ -24,7 +24,7 @@ def sample_forever(inside):
     """Sample the main thread and the wait for the interpreter lock about fifty times a second."""
     page, clock, slot, last_place = inside.page, time.monotonic, 0, None
     started, cell = 0.0, 0
-    # They are for the main thread.
+    # The dump signals are for the main thread.
     signal.pthread_sigmask(signal.SIG_BLOCK, (DUMP_SIGNAL, DUMP_ALL_SIGNAL))
     while True:
         if inside.census.is_thorough:

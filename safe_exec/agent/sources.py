@@ -16,7 +16,7 @@ from bisect import bisect_right
 _PROMPT = re.compile(r"\s*(?:>>>(?: |$)|\.\.\.(?: |$)|In \[\d+\]: |\.{3,}: ?)")
 _SPECIAL = re.compile(r"[%!?,;/]|.*\?$|.*=\s*[%!]")
 _CALL = "get_ipython()."
-# So many lines ahead the next line that both texts have is looked for.
+# The next line that both texts have is looked for this many lines ahead.
 WINDOW = 200
 
 

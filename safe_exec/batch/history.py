@@ -1,4 +1,4 @@
-"""Remember earlier runs of a notebook on this machine: its duration, and its key when it passed.
+"""Remember a notebook's last run on this machine: its duration, and its fingerprint if it passed.
 
 Each notebook has one small JSON file in the user's cache. A missing or unreadable file counts as no
 history: history saves time and never changes a result.

@@ -109,7 +109,7 @@ class NotebookQueue(Generic[QueuedT]):
         self.todo = self._in_order()
         self.waiting: list[QueuedT] = []
         self.failed = False
-        # The notebooks at a time, at most.
+        # The most notebooks that run at a time.
         self.jobs = plan.capacity.jobs
         # The reason why the batch could not go on, for the user.
         self.trouble: str | None = None

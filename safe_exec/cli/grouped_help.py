@@ -10,8 +10,8 @@ import click
 from safe_exec.limits import spec
 
 WIDTH = 100
-# Of an option with its placeholder. The rest of 80 columns is enough for each help text, so that all
-# options fit on two screens. A longer option has its text on the next line.
+# The width of an option with its placeholder. The rest of 80 columns is enough for each help text,
+# so that all options fit on two screens. A longer option has its text on the next line.
 LONGEST_OPTION = 26
 
 LIMITS = ("limits", *(row.name for row in spec.OPTIONS), "require", "mechanisms")

@@ -140,8 +140,8 @@ def _document(resolved: Resolved, plan: SpawnPlan) -> dict[str, object]:
 def list_profiles() -> int:
     """List the built-in profiles, for --limits and for "extends" in your own files."""
     style = Style.of(sys.stdout)
-    # Profiles may contain percentages of the memory.
-    # Without detecting mechanisms, which a list does not need.
+    # Profiles may contain percentages of the memory. Mechanisms are not detected, since a list does
+    # not need them.
     memory, _ = memory_and_swap()
     profiles_by_name = [
         profiles.load_profile(name, machine_memory=memory) for name in profiles.shipped_profiles()

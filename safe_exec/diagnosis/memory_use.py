@@ -34,7 +34,7 @@ MEMORY_CAUSES = (
 # Smaller holders and lines explain nothing.
 LEAST_SHARE = 0.01
 MOST_HOLDERS = 20
-# A report that names so much of the peak needs no further trial.
+# A larger share of the peak is worth another look.
 EXPLAINED_SHARE = 0.9
 # Of the peak; more of it is worth another look.
 MOST_NATIVE_SHARE = 0.3

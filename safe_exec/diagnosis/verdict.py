@@ -67,7 +67,7 @@ STATUS_OF: Mapping[type[Any], Status] = {
 # Enough for a traceback; the whole output is in the annotated notebook.
 STDERR_TAIL = 4000
 NO_REPORT = "the kernel's fault handler reported nothing, so nothing held the process"
-# Of a local variable.
+# The most characters of a local variable's value.
 LONGEST_VALUE = 200
 _PLUMBING = lazy_pattern(r"/(?:IPython|ipykernel|decorator)/|/decorator\.py$")
 

@@ -27,7 +27,7 @@ from safe_exec.sandbox.planner import build_plan
 from safe_exec.trial.request import TrialRequest, TrialResult
 from safe_exec.trial.run import run_trial
 
-# What a run may take beyond its time to be interrupted and taken down.
+# The time that a run may take beyond its own to be interrupted and taken down.
 SETTLE_SECONDS = 1.0
 
 
@@ -117,7 +117,7 @@ class Rerunner:
     async def run(self, options: RerunOptions) -> RerunResult:
         """Run the notebook once. Raises RerunFailed if it cannot be run at all."""
         start_time = time.monotonic()
-        # Should we be killed, nobody else will look after what we hold of the folder.
+        # If this process is killed, only the keeper can still remove our copy of the folder.
         request = isolated_request(
             self.template,
             self.workspaces,
@@ -181,7 +181,8 @@ def peak_of(name: LimitName, result: TrialResult) -> float | None:
                 (record.seconds for record in records if record.seconds is not None), default=None
             )
         case LimitName.TIMEOUT:
-            # It is looked at while cells run: what comes after the last of them does not count.
+            # The limit is checked while cells run: what comes after the last of them does not
+            # count.
             ends = (
                 r.started + r.seconds
                 for r in records

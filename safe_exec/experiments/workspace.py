@@ -38,7 +38,7 @@ COPY_ENTRIES = 2000
 NOTE_ENTRIES = 20_000
 # Each entry of /tmp needs a mount of its own.
 TMP_ENTRIES = 500
-# Of so many the last copy is remembered.
+# The last copy is remembered for this many folders.
 MOST_FOLDERS = 32
 # Ten ticks of the slowest clock.
 TICK_NS = 100_000_000
@@ -99,7 +99,8 @@ class Snapshot(Struct, frozen=True, kw_only=True):
                 f"{name}\0{entry.size}\0{entry.mtime_ns}\0".encode(errors="surrogateescape")
             )
         if self.repository is not None:
-            # What it holds may be unknown: then no answer of another run is believed.
+            # The content of the repository may be unknown: then no answer of another run is
+            # believed.
             digest.update((self.repository.fingerprint() or self.scratch.name).encode())
         return digest.hexdigest()
 
@@ -270,11 +271,11 @@ class WorkspaceFactory(Struct, frozen=True, kw_only=True):
         if self.namespace_kind is None:
             cwd = directory / "folder" if mount else self.snapshot.folder
             return Workspace(cwd=cwd, directory=directory)
-        # The folder comes after /tmp: where our cache lies within it, that hides what the others
-        # are mounted from.
+        # The folder comes after /tmp: if our cache lies in the folder, its mount hides the
+        # directories from which the others are mounted.
         folder = self.snapshot.folder
         mount_list = [] if folder == TMP and mount else self._tmp(directory, runtime)
-        # The folder lies in it, and is mounted over it.
+        # The folder lies in the repository, and is mounted over it.
         if self.repository is not None:
             mount_list.append(self.repository.mount(directory))
         mount_list += self._beside_runtime(mount, directory, runtime) if mount else []
@@ -337,7 +338,7 @@ class WorkspaceFactory(Struct, frozen=True, kw_only=True):
         # mkdir applies the umask, so the sticky mode must be set afterwards.
         fresh.chmod(0o1777)
         binds = [_bound(TMP / name, fresh / name) for name in sorted(self.snapshot.tmp)]
-        # The keeper makes it before it mounts anything.
+        # The keeper makes the runtime directory before it mounts anything.
         if runtime.parent == TMP:
             (fresh / runtime.name).mkdir()
             binds.append(
@@ -363,7 +364,8 @@ def _bound(source: Path, target: Path) -> dict[str, str] | None:
             target.touch()
     except OSError:
         return None
-    # Others come and go in /tmp: what is gone when the mounts are made is no part of it any more.
+    # Other programs add and remove entries of /tmp: an entry that is gone when the mounts are made
+    # is left out.
     return {"kind": "bind", "source": str(source), "target": str(target), "optional": "yes"}
 
 

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from safe_exec.inspector.libraries import Libraries
 from safe_exec.inspector.merge import EVAL, IGNORED, PLAIN, CodeFrame, Entry, merge
 
-# Of the innermost frames; a stack overflow has tens of thousands.
+# The number of innermost frames that are read; a stack overflow has tens of thousands.
 MOST_FRAMES = 100
-# Of the innermost frames too: their names matter most.
+# The number of innermost frames whose function names are checked: they matter most.
 MOST_CALLERS = 12
 MOST_LOCALS = 50
 # The runner masks secrets before it cuts values further: half a secret would not be recognised.
@@ -151,7 +151,7 @@ def frames_of(thread: ThreadStacks, instruction: int, libraries: Libraries) -> l
     ]
     merged = merge(entries, python)[:MOST_FRAMES]
     frames = [_with_library(frame, libraries) for frame in merged]
-    # The innermost frame was interrupted; all others have called.
+    # The innermost frame was interrupted; all others are in a call.
     for frame, raw in list(zip(frames, merged, strict=True))[1:MOST_CALLERS]:
         if "address" not in raw:
             break

@@ -137,7 +137,7 @@ def _package_version(root: str, folder: str, top: str, path: str) -> str | None:
     for package, version in packages:
         if _NORMAL.sub("-", package).lower() == name:
             return version
-    # Packages may install directories of another name: then their lists of files tell.
+    # Packages may install directories of another name: then the package's list of files tells.
     line = path.removeprefix(folder + "/").encode() + b","
     for package, version in packages:
         with (

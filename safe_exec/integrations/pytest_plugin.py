@@ -341,7 +341,10 @@ def _settings(config: pytest.Config) -> Settings:
 
 
 def _coverage(config: pytest.Config) -> CoverageRequest | None:
-    """Return the request to measure coverage, if any. Raises UsageError if it is not installed."""
+    """Return the request to measure coverage, or ``None`` if the user made none.
+
+    Raises UsageError if the package coverage is not installed.
+    """
     if not config.getoption("safe_exec_coverage"):
         return None
     from safe_exec.workflows.library_coverage import CoverageRequest, config_in, demand_coverage

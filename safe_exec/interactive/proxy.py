@@ -34,7 +34,7 @@ MOST_WAITING = 10_000
 PARENT_SECONDS = 1.0
 FLUSH_SECONDS = 2.0
 
-# After the last word the process waits so long before it exits. Clients that poll, such as
+# After its last message the process waits this long before it exits. Clients that poll, such as
 # `jupyter console` (every 50 ms), stop reading once the process is gone.
 LINGER_SECONDS = 0.25
 
@@ -390,7 +390,7 @@ class Proxy:
 
     def _finish_if_done(self, msg_id: str, waiting: Waiting) -> None:
         """End a cell once both its reply and its ``idle`` have arrived."""
-        # They come over two sockets, so their order is not defined.
+        # Reply and ``idle`` come over two sockets, so their order is not defined.
         if waiting.reply is None or waiting.idle is None:
             return
         assert waiting.cell_done is not None

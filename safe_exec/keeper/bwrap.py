@@ -32,7 +32,7 @@ MS_RDONLY, MS_REMOUNT, MS_BIND = 0x1, 0x20, 0x1000
 _UCRED, _INT = struct.Struct("3i"), struct.Struct("i")
 START_SECONDS = 20.0
 MESSAGE_BYTES = 4096
-# In one message.
+# The most descriptors in one message.
 MOST_DESCRIPTORS = 8
 PAGE = 4096
 COPY_BYTES = 256 << 20

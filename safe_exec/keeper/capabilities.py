@@ -48,7 +48,7 @@ def give_up(*, for_uid: int | None) -> None:
     for number in range(HIGHEST):
         bounding = _prctl(libc, PR_CAPBSET_READ, number)
         if bounding < 0:
-            # Beyond the last one that this system knows.
+            # This capability is beyond the last one that the system knows.
             break
         if bounding:
             _check(

@@ -49,7 +49,7 @@ def delegate_controllers(group: str, leaf: str, controllers: Iterable[str]) -> N
             try:
                 write(f"{leaf}/cgroup.procs", pid)
             except ProcessLookupError:
-                # It ended in the meantime, and need not be moved.
+                # The process ended in the meantime, and need not be moved.
                 continue
         if time.monotonic() > deadline:
             raise OSError(
@@ -60,7 +60,7 @@ def delegate_controllers(group: str, leaf: str, controllers: Iterable[str]) -> N
 
 def oomd_killed(dirs: Iterable[str]) -> bool | None:
     """Whether systemd-oomd killed one of these cgroups."""
-    # It sets an extended attribute (systemd-oomd.service(8)).
+    # systemd-oomd sets an extended attribute (systemd-oomd.service(8)).
     for path in dirs:
         for name in ("user.oomd_kill", "trusted.oomd_kill"):
             with contextlib.suppress(OSError):

@@ -160,7 +160,7 @@ def prepare(command: KernelCommand) -> None:
             try:
                 signal.signal(number, signal.SIG_DFL)
             except (OSError, ValueError):
-                # The C library keeps two for itself.
+                # The C library keeps two signals for itself.
                 continue
     signal.set_wakeup_fd(-1)
     if command.walls is None:

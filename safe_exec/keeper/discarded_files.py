@@ -33,13 +33,13 @@ MOST_ENTRIES = 20_000
 MOST_DEPTH = 16
 # Descriptors that are open at a time.
 MOST_DIRECTORIES = 200
-# Names right below a place that are told of; the rest is only counted.
+# Names right below a place that are reported; the others are only counted.
 MOST_GROUPS = 50
 
 PRIVATE = 0o077
 TEMPORARY_ENDS = (".tmp", ".temp", ".lock", ".lck", ".pid", ".sock", ".swp", ".part", "~")
-# Python's tempfile has eight of these characters, mkstemp(3) six of those; of plain lower case are
-# too many words.
+# Python's tempfile uses eight of these characters, mkstemp(3) six. Six plain lower-case letters do
+# not count, since too many words look like that.
 _RANDOM = re.compile(r"[a-z0-9_]{8}|(?=[A-Za-z0-9]*[A-Z0-9])[A-Za-z0-9]{6}")
 # Python's and mktemp(1)'s own prefix, a random long of Java's (a time of day is shorter), a UUID.
 _SURELY_RANDOM = re.compile(
@@ -55,7 +55,7 @@ _SHARED_MEMORY = re.compile(
     r"psm_|wnsm_|sem\.|torch_|joblib_memmapping|loky-|pym-|nccl-|ompi|vader_segment|sm_segment"
     r"|plasma|lttng-ust|pulse-shm"
 )
-# Where libraries keep what they have downloaded or built, in homes.
+# Directories in homes where libraries keep what they have downloaded or built.
 HOME_DOWNLOADS = (
     "nltk_data",
     "scikit_learn_data",
@@ -193,7 +193,7 @@ class Listing:
                     room = MOST_DIRECTORIES - len(todo) if folder.count("/") < MOST_DEPTH else 0
                     self.is_complete = self.is_complete and len(inner) <= room
                     for name in inner[:room]:
-                        # What even we may not look into.
+                        # Even we may not look into some directories.
                         with contextlib.suppress(OSError):
                             todo.append((f"{folder}{name}/", directory.open(name)))
         finally:

@@ -375,7 +375,8 @@ def _write_entry(source: Path, path: Path, status: os.stat_result, owner: os.sta
     if current is not None and _is_same(source, path, status, current):
         return
     if current is not None and stat.S_ISDIR(current.st_mode):
-        # Its entries are removed by now; those that others made keep it from being removed.
+        # The program's entries in the directory are removed by now; those that others made keep it
+        # from being removed.
         path.rmdir()
     temporary = path.with_name(f".safe-exec-{os.urandom(6).hex()}")
     try:

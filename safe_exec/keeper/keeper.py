@@ -56,7 +56,7 @@ MOST_NAMED = 5
 OOM_SHARE = 300
 NOTED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 RECEIVE_BYTES = 1 << 20
-# In one piece of the control socket.
+# The most descriptors in one piece of the control socket.
 MOST_DESCRIPTORS = 16
 
 
@@ -458,8 +458,8 @@ class Keeper:
 
     def list_discarded(self) -> None:
         """Tell the runner which files disappear with the sandbox."""
-        # All its processes must be dead, and its file systems must still exist.
-        # Nobody asks this about a trial of a culprit search, or after the runner's death.
+        # All processes of the sandbox must be dead, and its file systems must still exist. Nobody
+        # asks this about a trial of a culprit search, or after the runner's death.
         if self.plan is None or not self.pid or self.orphaned or self.plan.mounts:
             return
         # Seldom needed: without it the keeper starts faster.

@@ -52,16 +52,16 @@ MAKE_REG, MAKE_SOCK, MAKE_FIFO, MAKE_BLOCK, MAKE_SYM, REFER, TRUNCATE, IOCTL_DEV
 BIND_TCP, CONNECT_TCP = 1, 2
 SCOPE_ABSTRACT_UNIX_SOCKET, SCOPE_SIGNAL = 1, 2
 
-# What ABI 1 knows: all bits below REFER.
+# The rights that ABI 1 knows: all bits below REFER.
 FIRST = REFER - 1
 READ = EXECUTE | READ_FILE | READ_DIR
 # Root could make a device file of the disk that a hidden directory lies on.
 NEVER = MAKE_CHAR | MAKE_BLOCK
-# What a rule for anything but a directory may speak of.
+# The rights that a rule for anything but a directory may contain.
 OF_A_FILE = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 
-# What programs expect to be able to write to; of no danger to anybody. Graphics cards are not among
-# them.
+# Devices that programs expect to be able to write to, and that endanger nobody. Graphics cards are
+# not among them.
 DEVICES = (
     "/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx",
     "/dev/pts", "/dev/shm",  # noqa: S108
@@ -222,7 +222,7 @@ def _allow(ruleset: int, path: str, access: int) -> None:
 
 def _no_new_privileges() -> None:
     """Set no_new_privs, without which an ordinary user may not restrict itself (prctl(2))."""
-    # Landlock requires it of ordinary users: walls could mislead a set-user-id program.
+    # Landlock requires no_new_privs of ordinary users: walls could mislead a set-user-id program.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_NO_NEW_PRIVS, *(ctypes.c_ulong(number) for number in (1, 0, 0, 0))) != 0:
         number = ctypes.get_errno()

@@ -77,7 +77,7 @@ def make(mount: Mount) -> None:
         layers = {"lowerdir": mount["lower"], "upperdir": mount["upper"], "workdir": mount["work"]}
         options = ",".join(f"{name}={_escaped(path)}" for name, path in layers.items())
         # Only the first user namespace may keep overlayfs's own marks in trusted.* attributes:
-        # without these an opaque directory is none.
+        # without the marks a directory is not opaque.
         options += "" if _is_first_user_namespace() else ",userxattr"
         _mount("overlay", target, "overlay", 0, options)
 
@@ -115,7 +115,7 @@ def _call(name: str, *arguments: object, action: str) -> None:
 @cache
 def namespaces() -> str | None:
     """Return how a kernel gets its own mounts: as "root", in a "user" namespace, or ``None``."""
-    # Probed: no setting tells it reliably.
+    # Both ways are tried, since no setting tells reliably whether they work.
     return next(
         (
             way

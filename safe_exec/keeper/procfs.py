@@ -240,9 +240,9 @@ def signal_all(pids: Iterable[int], signum: int) -> None:
 
 def signal_group(pid: int, signum: int) -> None:
     """Send a signal to a process and all others of its group."""
-    # To it alone where it does not lead the group.
-    # Whoever leads a group of its own shares it with its descendants only: nobody else can join it
-    # from another session (setpgid(2)).
+    # The signal goes to the process alone if it does not lead the group. Whoever leads a group of
+    # its own shares it with its descendants only: nobody else can join it from another session
+    # (setpgid(2)).
     try:
         if os.getpgid(pid) == pid:
             os.killpg(pid, signum)

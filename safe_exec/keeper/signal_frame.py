@@ -99,7 +99,7 @@ def read(pid: int, channel: int, dump_signal: int | None) -> FaultingThread | No
             if writer is not None:
                 return _read_thread(pid, *writer)
         except OSError:
-            # It has ended, or the system does not let us look (Yama, a container).
+            # The process has ended, or the system does not let us look (Yama, a container).
             return None
         state = procfs.stat(pid)
         if state is None or state.state in "ZX":

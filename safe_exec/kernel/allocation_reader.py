@@ -16,7 +16,7 @@ MOST_ROWS = 500
 MOST_FRAMES = 60
 MOST_BYTES = 2 << 30
 MOST_SECONDS = 20
-# Of one mapping that its owner may only have reserved.
+# The least size of a mapping that its owner may only have reserved.
 LEAST_RESERVED_BYTES = 256 << 20
 
 Frame = tuple[str, str, int]

@@ -30,7 +30,7 @@ class CensusFacts:
         number = int(fact["cell"])
         _census(fact, None, lambda _number: None)
         stored = self._by_cell.get(number)
-        # One that ran out of time may have seen less.
+        # A census that ran out of time may have seen less.
         if stored is not None and not fact["finished"] and fact["total"] < stored["total"]:
             return
         if stored is not None or len(self._by_cell) < MOST_CELLS:

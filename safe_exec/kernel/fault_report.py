@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _THREAD = lazy_pattern(
     r"^(Current thread|Thread) 0x([0-9a-fA-F]+)(?: \[.*\])? \(most recent call first\):"
 )
-# Of the main thread alone, on its own request.
+# The heading of the main thread's stack alone, which it writes on request.
 _OWN_STACK = "Stack (most recent call first):"
 _FRAME = lazy_pattern(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$')
 _TITLE = lazy_pattern(r"^Fatal Python error: (.*)$", re.MULTILINE)

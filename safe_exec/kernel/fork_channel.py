@@ -18,7 +18,7 @@ from msgspec import Struct
 
 MESSAGE_BYTES = 1 << 16
 MOST_DESCRIPTORS = 1
-# The agent reads a message of at most so many bytes; the system's default buffer is a bit larger.
+# The agent reads a message of at most this many bytes; the system's default buffer is a bit larger.
 LONGEST_MESSAGE = 150_000
 FULL_SECONDS = 0.005
 
@@ -51,7 +51,7 @@ class ForkChannel:
             try:
                 self._socket.send(data)
             except BlockingIOError:
-                # The other end has not read the earlier ones yet.
+                # The other end has not read the earlier messages yet.
                 await asyncio.sleep(FULL_SECONDS)
             except OSError:
                 return False

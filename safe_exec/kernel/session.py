@@ -290,7 +290,7 @@ class KernelSession:
             if self.agent_channels is not None and self.instrumented
             else None
         )
-        # Of a kernel on TCP behind a network of its own.
+        # The prefix of the forwarder's sockets, for a kernel on TCP behind a network of its own.
         self._forwarder_prefix = forwarder_prefix
         self.reads_native = request.reads_native
         self.native: native_stack.NativeReading | None = None
@@ -298,7 +298,7 @@ class KernelSession:
         self._answering: asyncio.Task[None] | None = None
         self.agent_facts = AgentFacts()
         self.history = ChildHistory()
-        # Compared with its state when it first answered.
+        # Observes changes of the process since it first answered.
         self.changes: ProcessChanges | None = None
         self.died = asyncio.Event()
         self.died_at: float | None = None

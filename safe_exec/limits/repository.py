@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# A directory; in a work tree or a submodule a file that names one.
+# This is a directory, or in a work tree or a submodule a file that names one.
 GIT = ".git"
 
 

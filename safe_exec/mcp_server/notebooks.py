@@ -27,7 +27,8 @@ class Notebooks:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        # A run at a time: the limits of a profile are chosen for one, and agents call in parallel.
+        # One run at a time: the limits of a profile are chosen for one, and agents call in
+        # parallel.
         self._turn = asyncio.Lock()
         self._runs: dict[asyncio.Task[Verdict], Cancellation] = {}
 

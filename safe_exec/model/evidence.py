@@ -420,7 +420,7 @@ class Evidence(Struct, frozen=True, kw_only=True):
     raised: tuple[Raised, ...] = ()
     # Refused things that exist outside; only their names come from the kernel.
     conflicts: tuple[IsolationConflict, ...] = ()
-    # The file systems as the last cell left them, or lower.
+    # The file systems after the last cell, with the lowest free space that was seen.
     volumes: tuple[Volume, ...] = ()
     # The last output of a dead kernel, in order.
     final_output: tuple[OutputBurst, ...] = ()
@@ -432,7 +432,7 @@ class Evidence(Struct, frozen=True, kw_only=True):
     allocations_error: str | None = None
 
 
-# The fields of the evidence that the kernel process says of itself: read outside, but written
+# The fields of the evidence that the kernel process claims about itself: read outside, but written
 # inside. `fault` and `observation` hold both.
 CLAIMS = (
     "error",

@@ -24,18 +24,18 @@ IDS_SINCE = 5
 # Copying and writing recurse with about three frames a level, under Python's limit of 1000.
 DEEPEST = 200
 
-# Characters that are encoded at a time, about.
+# About how many characters are encoded at a time.
 PIECE = 1 << 18
 
 _TOO_DEEP = "(nested too deeply)"
 # Output lines of a whole notebook that are written separately; see _Budget.
 _MOST_LINES = 200_000
-# Of str.splitlines.
+# The line ends of str.splitlines.
 _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 _ESCAPES = (("\\", "\\\\"), ('"', '\\"'), ("\t", "\\t"))
 # A text with any of these is not plain: other line ends, and other characters to escape.
 _ODD = tuple({*map(chr, range(32)), *_LINE_ENDS} - {"\t", "\n"})
-# Characters from which on it is worth while to look for those first.
+# From this number of characters on, it is worth while to look for those first.
 _WORTHWHILE = 500
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # The types without text/ that nbformat splits into lines (nbformat/v4/rwbase.py).

@@ -61,8 +61,8 @@ OUR_ERROR_PREFIX = "SafeExec"
 
 _FORMAT = 4
 MOST_BYTES = 2**30
-# Lists and objects, each of which takes us more than a kilobyte until all is written; a hundred
-# charts of 5000 rows have so many.
+# Lists and objects. Each of them takes us more than a kilobyte until all is written; a hundred
+# charts of 5000 rows have this many.
 MOST_CONTAINERS = 500_000
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _OUR_ENAME = re.compile(rf"{OUR_ERROR_PREFIX}(?!\w)")
@@ -307,7 +307,7 @@ def _upgraded(document: Any, version: tuple[int, int], path: Path) -> NotebookNo
             f"upgraded ({kind})"
         ) from None
     for cell in node.get("cells", []):
-        # Random ones; ours are the same each time.
+        # nbformat's ids are random; ours are the same each time.
         cell.pop("id", None)
     return _current(node, path)
 

@@ -57,7 +57,8 @@ def _left_out(cell: Any, selection: CellSelection) -> bool:
     tags = _tags(cell)
     if tags & set(selection.skip_tags):
         return True
-    # The values of a run count whatever runs of the notebook: without them its defaults would.
+    # The values of a run are set whichever cells run: without them the notebook's defaults would
+    # apply.
     return bool(selection.only_tags) and not tags & {*selection.only_tags, INJECTED_TAG}
 
 

@@ -64,7 +64,7 @@ def document_of(path: Path, data: bytes) -> dict[str, Any]:
         raise NotebookError(f"{one_line(path)}: jupytext cannot read it: {reason}") from None
     settings = node.metadata.pop("jupytext", {})
     for cell in node.cells:
-        # Random ones; ours depend only on the file.
+        # jupytext's ids are random; ours depend only on the file.
         cell.pop("id", None)
     document: dict[str, Any] = {
         "cells": [dict(cell) for cell in node.cells],

@@ -72,7 +72,8 @@ class KeeperProcess:
             try:
                 self._pidfd = os.pidfd_open(pid)
             except OSError:
-                # It has ended, or no descriptor is left. The end of its socket shows its end, too.
+                # The process has ended, or no descriptor is left. The end of its socket shows its
+                # end, too.
                 return
 
     def kill(self) -> None:

@@ -254,7 +254,7 @@ class CellLoop:
         """
         if self.state.stopping.is_set():
             return
-        # For another limit, before its time was up.
+        # The kernel was killed for another limit before the time was up.
         if self.session.kill_reason is not None:
             await self.session.wait_dead(10.0)
             return
@@ -329,8 +329,8 @@ class CellLoop:
                 {execution}, timeout=min(remaining, DEAF_SECONDS) if ignored else remaining
             )
             if ignored and not execution.done() and not self.session.ignores_interrupt():
-                # The child of a system(3) has ended by the first one, which went past the kernel
-                # itself.
+                # The first interrupt ended the child of a system(3), and the kernel itself ignored
+                # it.
                 ignored = False
                 self.session.interrupt()
         return None if self.session.died.is_set() else execution.done()
@@ -343,7 +343,7 @@ class CellLoop:
         else:
             execution.cancel()
         client, index = self.session.client, self.state.current
-        # One that it shows tells nothing of the interrupt.
+        # An error that only the outputs show tells nothing of the interrupt.
         return self._error_of(index) if index is not None and index in client.replies else None
 
     async def _judge(self, execution: asyncio.Future[Any], index: int) -> None:
@@ -440,7 +440,7 @@ class CellLoop:
         return bool(allowed and not client.force_raise_errors)
 
     async def _stop_for_death(self, index: int | None) -> None:
-        """Raise the ending of a kernel that is dead or about to be killed."""
+        """Raise Stop with the ending of a kernel that is dead or about to be killed."""
         raise Stop(await self.ending_by_death(index))
 
     async def ending_by_death(self, index: int | None) -> Ending:
@@ -467,7 +467,7 @@ class CellLoop:
         ):
             # The cell that struck it may have ended while the kill was under way.
             limit, cell = self.state.limit or (LimitName(reason.value), index)
-            # It was found in the last look, after the last cell.
+            # The limit was found in the last look, after the last cell.
             if cell is None:
                 cell = self.metrics.last_run
             self.state.current = cell
@@ -498,7 +498,7 @@ class CellLoop:
 
     def _cell_by_page(self, cell: int | None) -> int | None:
         """Return the cell that was running at the death according to the kernel's shared page."""
-        # That is an earlier cell if a forged or premature message declared it finished.
+        # The running cell is an earlier one if a forged or premature message declared it finished.
         page_cell = self.session.running_by_page()
         if page_cell is None or cell is None or page_cell >= cell:
             return cell
@@ -612,7 +612,7 @@ class CellLoop:
             return
         number = self.state.number(index)
         if number and self.request.node.cells[index].execution_count is None:
-            # It had begun; the message that says its number did not make it.
+            # The cell had begun; the message with its number did not arrive.
             self.request.node.cells[index].execution_count = client.code_cells_executed
         if number and client.running is not None and client.running[2] == index:
             client.recover(page, number, self.session.residue())

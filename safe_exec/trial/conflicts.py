@@ -271,7 +271,7 @@ class _Finder:
     def _host(self, need: Need) -> IsolationConflict | None:
         if self.sight.facts.network:
             return None
-        # By a loopback where nobody listens on that port.
+        # The connection was refused by a loopback where nobody listens on that port.
         if need.number == errno.ECONNREFUSED:
             listens = self.lookup.listens(int(need.name.rpartition(":")[2]))
             return _conflict(need, Access.HIDDEN, local=True) if listens else None
@@ -309,7 +309,7 @@ class _Finder:
     def _path(self, need: Need) -> IsolationConflict | None:
         name = need.name
         at = next((number for number, letter in enumerate(name) if letter in WILDCARDS), None)
-        # A pattern: the directory before it.
+        # The name is a pattern: look up the directory before it.
         if at is not None:
             name = os.path.dirname(name[:at])
         for place, moved in self.sight.places(name):
@@ -327,8 +327,8 @@ class _Finder:
         real = self.lookup.real(place)
         access, exists = self.reach.to(real), self.lookup.exists(real)
         readable = exists and need.number != errno.EROFS and not need.writes
-        # A link that is hidden itself leads to what is not; or the kernel looked for it in a home
-        # of its own.
+        # A hidden link may lead to a place that is not hidden, or the kernel looked for the name in
+        # a home of its own.
         is_elsewhere = moved or self.reach.to(os.path.normpath(place)) is Access.HIDDEN
         if readable and access is not Access.HIDDEN and is_elsewhere:
             return _conflict(need, Access.HIDDEN, path=real, moved=moved)
@@ -367,10 +367,10 @@ class _Finder:
         """Return the conflict if safe-exec may write to a place and the kernel may not."""
         exists, folder = self.lookup.exists(real), os.path.dirname(real)
         if not exists and need.number == errno.ENOENT and not self.lookup.is_directory(folder):
-            # Outside its directory is missing, too.
+            # Outside the sandbox the directory is missing, too.
             return None
         if not exists and need.says_missing and self.reach.leads_to(folder):
-            # In a directory that stands inside, too, a new file is refused with EROFS or EACCES.
+            # If the directory exists inside, too, a new file is refused with EROFS or EACCES.
             return None
         while folder != "/" and not self.lookup.exists(folder):
             folder = os.path.dirname(folder)
@@ -378,7 +378,7 @@ class _Finder:
             return None
         allow = real if self.lookup.is_directory(real) else folder
         is_known = need.writes is not None or need.number in (errno.EROFS, errno.EACCES)
-        # The source looks like it, no more.
+        # The source only looks as if the cell wrote the file.
         need = need if is_known else replace(need, exact=False)
         conflict = _conflict(
             need, access, path=real, allow=(allow,) if allow != "/" else (), writes=True

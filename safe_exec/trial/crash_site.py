@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from safe_exec.trial.state import TrialState
 
 RECENT_CHARACTERS = 65536
-# Seconds before the end from which a stack still says where it was.
+# A stack from at most this many seconds before the end still tells where the end was.
 DUMP_AGE = 1.0
 _CELL_LINE = lazy_pattern(
     r"(?:Cell |<ipython-)?[Ii]n(?:put)?[ -]*\[?(\d+)[\]-][^\n]*?, line:? ?(\d+)"
@@ -97,7 +97,7 @@ def body_of_endless_loop(source: str, line: int) -> int | None:
     try:
         tree = ast.parse(_MAGIC.sub(r"\1pass", source))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        # Another language.
+        # The cell is of another language.
         return None
     for node in ast.walk(tree):
         if (

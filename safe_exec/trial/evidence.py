@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # A group that never came this near to its limit cannot have hit it.
 NEAR_LIMIT = 0.95
-# From this share of the limit on a sample says who had the memory; one of a smaller use says
+# From this share of the limit on, a sample says who had the memory; a sample of a smaller use says
 # nothing of the rest.
 NEAR_PEAK = 0.5
 

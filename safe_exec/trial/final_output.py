@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from safe_exec.kernel.session import KernelSession
 
 STREAMS = {"stdout": Channel.STDOUT, "stderr": Channel.STDERR}
-# What was still in the pipes belongs to a burst that came so shortly before: the reading thread had
-# taken its beginning.
+# Text that was still in the pipes belongs to a burst from at most this many seconds before: the
+# reading thread had taken its beginning.
 SAME_BURST_SECONDS = 0.2
 
 

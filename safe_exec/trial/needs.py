@@ -218,7 +218,7 @@ def needs_of_error(
     text = _ANSI.sub("", f"{error.ename}: {error.evalue}")
     error_number = number_in(text) or _BY_NAME.get(error.ename)
     needs = [need for row in raised for need in _of_attributes(row, _quotation(text), error_number)]
-    # Of any other dictionary's KeyError the attributes say that it is no variable's.
+    # The attributes tell a KeyError of another dictionary from that of a missing variable.
     names = frozenset() if raised and error.ename == "KeyError" else frozenset(removed)
     # The notebook chooses the length of its errors.
     for line in text.splitlines()[:MOST_LINES]:
@@ -332,7 +332,7 @@ def _of_attributes(row: Raised, quotation: str, number_of_text: int | None) -> I
         )
     if number not in REFUSALS:
         return
-    # connect(2) is refused so by Landlock.
+    # Landlock refuses connect(2) like this.
     if row.host and number == errno.EACCES:
         yield Need(
             kind=NeedKind.HOST,
@@ -461,7 +461,7 @@ def _names(line: str) -> list[str]:
         for name in (*quoted, *bare)
         if name and not name.startswith("//") and "://" not in name
     )
-    # Of a quotation of another message only what is quoted in there.
+    # If a quotation quotes another message, only the inner quotation counts.
     return [
         name for name in names if not any(name != other and f"{other}'" in name for other in names)
     ]

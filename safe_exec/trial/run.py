@@ -48,10 +48,10 @@ from safe_exec.trial.state import TrialState
 if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
 
-# A kernel that dies of SIGTERM may die of the same shutdown that is about to reach us: wait so long
-# for our own.
+# A kernel that dies of SIGTERM may die of the same shutdown that is about to reach us: wait this
+# long for our own.
 LATE_SIGNAL_SECONDS = 0.3
-# A kernel that is not wanted gets so long to be started before it is killed.
+# A kernel that is not wanted gets this long to be started before it is killed.
 DISCARD_SECONDS = 5.0
 
 

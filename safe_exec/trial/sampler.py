@@ -21,7 +21,7 @@ SAMPLE_SECONDS = 0.1
 PEERS_EVERY = 3
 # From this share of a limit on it is said to be near.
 NEAR = 0.9
-# A cell that writes so many times its cap is an endless flood: the run is ended.
+# A cell that writes this many times its cap is an endless flood: the run is ended.
 FLOOD_FACTOR = 16
 
 

@@ -19,7 +19,7 @@ from safe_exec.sandbox.sandbox import Sandbox
 from safe_exec.trial.metrics import MetricsRecorder
 from safe_exec.trial.request import TrialRequest
 
-# No process writes faster; what says so lies.
+# No process writes faster, so a page that says so is not the agent's.
 MOST_BYTES_PER_SECOND = 20 << 30
 
 
@@ -181,6 +181,6 @@ class TrialState:
                 or record.started is None
                 or inside > MOST_BYTES_PER_SECOND * (self.now() - record.started + 1)
             ):
-                # Nothing writes so fast: the page was written by somebody else.
+                # Nothing writes this fast: the page was written by somebody else.
                 inside = 0
         return max(client.accounts.received, inside)

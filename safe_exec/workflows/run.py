@@ -54,7 +54,7 @@ _NEEDED_LATER = (
 )
 _SENT_SECONDS = 0.001
 """A delay by which the first cell has certainly been sent."""
-# From then on the time to compile the patterns of rules is no longer missed.
+# In a run that lasts longer than this, nobody notices the time to compile the patterns of rules.
 _LONG_SECONDS = 1.0
 SEARCH_WARNING = "no search for the culprits"
 

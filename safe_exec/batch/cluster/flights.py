@@ -44,11 +44,12 @@ class Flight:
         self.name = f"safe-exec-{uuid.uuid4().hex}"
         self.losses = list(waiting.losses)
         self.future: Future[Reply] | None = None
-        # The worker that runs it.
+        # The worker that runs the notebook.
         self.address: str | None = None
         self.machine: str | None = None
         self.sink: EventSink | None = None
-        # Taken back before it started: dask's task is cancelled, and the notebook waits again.
+        # The notebook was taken back before it started: dask's task is cancelled, and the notebook
+        # waits again.
         self.withdrawn = False
         # The reply has arrived: whatever dask does with the task, it must not start again.
         self.settled = False

@@ -75,7 +75,8 @@ class FileTransfers:
 
         transfer, archive = uuid.uuid4().hex, self.archives[digest]
         size, bytes_sent = os.fstat(archive.fileno()).st_size, 0
-        # Several transfers read one file at a time. After the run it is closed, and this fails.
+        # Several transfers read one file at a time. After the run the file is closed, and this read
+        # fails.
         while data := os.pread(archive.fileno(), files.PIECE_BYTES, bytes_sent):
             bytes_sent += len(data)
             last = bytes_sent >= size

@@ -143,7 +143,7 @@ class ClusterWorkers:
         difference = describe_differences(texts)
         if difference:
             self.note(f"kernel {kernel} differs between workers: {difference}")
-        # Of one text that of `--only-changed` on this machine: a notebook that passed here with the
-        # same packages need not run there.
+        # If there is only one text, it is the one that `--only-changed` uses on this machine: a
+        # notebook that passed here with the same packages need not run there.
         distinct_texts = sorted(set(texts.values()))
         return distinct_texts[0] if len(distinct_texts) == 1 else json.dumps(distinct_texts)

@@ -70,7 +70,10 @@ follow_option = click.option(
 
 
 def coverage_of(options: OutputOptions) -> CoverageRequest | None:
-    """Return the request to measure coverage, if any. Raises UsageError if it is not installed."""
+    """Return the request to measure coverage, or ``None`` if the user made none.
+
+    Raises UsageError if the package coverage is not installed.
+    """
     if not options.coverage:
         return None
     # Imported only here: few runs measure coverage.

@@ -18,7 +18,7 @@ from safe_exec.model.evidence import Channel, FaultReport, FaultSite
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Fact
 from safe_exec.units import format_size
 
-# The stack grows by pages and a frame may jump over some: this near its limit it was full.
+# The stack grows by pages, and a frame may jump over some, so a stack this near its limit was full.
 STACK_MARGIN = 64 * 1024
 
 # Memory that programs share or generate code in.
@@ -54,7 +54,8 @@ KINDS = {
         CauseKind.BUS_ERROR,
         "bus error: a mapped file is shorter than what was read, or its disk is full",
     ),
-    # V8 and others built by Clang end themselves so (brk, int3) where a check of their own fails.
+    # V8 and other programs built by Clang end themselves with a trap (brk, int3) if a check of
+    # their own fails.
     signal.SIGTRAP: (CauseKind.ABORT, "abort by a trap: native code gave up"),
     signal.SIGFPE: (
         CauseKind.FLOATING_POINT_EXCEPTION,
@@ -133,7 +134,7 @@ def unreported_overflow(context: Context) -> Cause | None:
     if not _died_of(context, (signal.SIGSEGV,)) or evidence.fault is not None or caught is None:
         return None
     if not caught >= OTHER_FAULTS or signal.SIGSEGV in caught or evidence.handler_replaced:
-        # It was turned off, or something else handles these signals.
+        # The handler was turned off, or something else handles these signals.
         return None
     facts = (
         *exit_facts(evidence),
@@ -202,8 +203,8 @@ def fault(context: Context) -> Cause | None:
     number = signal.Signals(evidence.exit.signal)
     kind, text = KINDS[number]
     site = evidence.fault.site if evidence.fault else None
-    # Who gives up writes why first. Of another fault native code's own handler may write, if ours
-    # is not in place.
+    # Code that gives up writes the reason first. For other faults a handler of the native code may
+    # write one, if ours is not in place.
     gave_up = kind in (CauseKind.ABORT, CauseKind.ILLEGAL_INSTRUCTION)
     message = last_message(evidence, tuple(Channel) if gave_up else (Channel.DESCRIPTOR,))
     facts = (

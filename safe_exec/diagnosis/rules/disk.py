@@ -44,7 +44,7 @@ FULL = lazy_pattern(
     r"|[Nn]ot enough (?:free )?(?:disk )?space|[Ii]nsufficient (?:disk )?space|[Dd]isk (?:is "
     r")?full"  # conda, pip, Arrow, GDAL, R
 )
-# HDF5, netCDF, GDAL, R and programs, of a write that did not end well for whatever reason.
+# Texts of HDF5, netCDF, GDAL, R and programs about a write that failed for whatever reason.
 FAILED_WRITE = lazy_pattern(
     r"(?:write|flush|close|extend|save|dump)\w* (?:failed|error)|failed to (?:write|flush"
     r"|close|save|extend|finalize)"
@@ -52,7 +52,7 @@ FAILED_WRITE = lazy_pattern(
     r"write|[Ii]ncomplete write|write incomplete"
     r"|[Uu]nable to (?:\w+ly )?(?:write|flush|close|extend|create)|[Ii]nput/output error"
 )
-# pandas, numpy, json and others, of a file of which only the beginning was written.
+# Texts of pandas, numpy, json and others about a file of which only the beginning was written.
 UNFINISHED = lazy_pattern(
     r"truncated|Ran out of input|not a zip file|[Bb]ad magic number|unexpected end of"
     r"|[Uu]nexpected EOF"  # pickle, zipfile, tarfile
@@ -60,8 +60,8 @@ UNFINISHED = lazy_pattern(
     r"|malformed"  # gzip, Parquet, SQLite
     r"|No columns to parse|[Ff]ailed to read all data|No data left in file|mmap length is "
     r"greater|end of file|Expecting value"
-    # PyTorch and others, of a worker that could not have a page of shared memory (SIGBUS): which
-    # cell filled it does not matter.
+    # PyTorch and others, about a worker that got no page of shared memory (SIGBUS): which cell
+    # filled it does not matter.
     r"|out of shared memory|[Ii]nsufficient shared memory|killed by signal: Bus error"
 )
 
@@ -213,7 +213,7 @@ def _of_words(context: Context, error: CellError, claim: _Claim) -> Cause | None
         and context.is_python
         and not (by_system or claim.source == "output of the cell")
     ):
-        # No more than a text that some code has raised, and nothing bears it out.
+        # There is only a text that some code has raised, and no observation confirms it.
         return None
     fact = inside(
         "raised" if claim.source.startswith("the cell") else "printed", claim.text, claim.source

@@ -56,8 +56,8 @@ def exception(context: Context) -> Cause | None:
     # Bash says its exit status and nothing else.
     if not error.ename:
         summary = f"the cell failed: {first}" if first else "the cell failed"
-    # Certain is that a reply was an error and that the kernel lived; what the error says is the
-    # kernel's word.
+    # It is certain that the reply was an error and that the kernel lived; the text of the error is
+    # only the kernel's claim.
     raised_fact = inside("raised", f"{error.ename}: {error.evalue}"[:300], "the cell's error")
     facts = (raised_fact, alive("after the error"), *_printed(context))
     advice = (

@@ -31,10 +31,10 @@ DOING = {
 }
 
 
-# Those in which nothing is waited for.
+# The activities in which the kernel waits for nothing.
 BUSY_ACTIVITIES = (Activity.PYTHON_LOOP, Activity.NATIVE_CODE, Activity.STOPPED)
 
-# What can be said of a kernel in which no code of ours runs.
+# The description of a kernel in which no code of ours runs.
 COMPUTING = "it was computing"
 
 ADVICE: dict[Activity | None, str] = {

@@ -18,8 +18,8 @@ from safe_exec.model.evidence import Channel, Evidence, OutputBurst
 from safe_exec.model.patterns import lazy_pattern
 from safe_exec.model.verdict import Fact
 
-# Native code seldom writes: its last message may be so old, as some write a stack trace or wait
-# before they abort.
+# Native code seldom writes, and some of it writes a stack trace or waits before it aborts: so its
+# last message may be this old.
 NATIVE_SECONDS = 10.0
 # Python code prints all the time: only what came this shortly before the end is a message about it.
 PYTHON_SECONDS = 2.0
@@ -178,7 +178,7 @@ def clean(text: str) -> tuple[str, ...]:
 
 def _plain_lines(text: str) -> Iterator[str]:
     for line in _ESCAPES.sub("", text).replace("\r\n", "\n").split("\n"):
-        # A terminal shows what was written over it.
+        # A terminal shows only the text after the last carriage return.
         visible = line.rstrip("\r").rpartition("\r")[2]
         yield _CONTROLS.sub("", _BAR.sub("", visible)).rstrip()
 

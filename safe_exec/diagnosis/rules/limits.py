@@ -37,10 +37,10 @@ OS_ERRORS = (
     "ChildProcessError",
     "ProcessLookupError",
 )
-# What a shell says.
+# The words of shells for a refused fork.
 FORK_REFUSED = lazy_pattern(r"fork: (retry|Resource)|cannot fork")
 
-# What shells, compilers and libraries say of a program that SIGXFSZ or EFBIG ended.
+# The words of shells, compilers and libraries about a program that SIGXFSZ or EFBIG ended.
 FILE_REFUSED = lazy_pattern(
     r"\bFile size limit exceeded|\[Errno 27\]|\bFile too large\b|\bSIGXFSZ\b"
 )
@@ -65,7 +65,8 @@ def output_flood(context: Context) -> Cause | None:
         context.evidence.cell_output_received,
         context.limits.cell_output or context.limits.output,
     )
-    # Past the cap a kernel of ours sends no more and only counts: then the figure is its own word.
+    # Beyond the cap a kernel with our agent only counts its output: then the figure is its own
+    # claim.
     is_measured = received is not None and cap is not None and received > cap
     output_fact = (
         outside("output of the cell", size, "bytes received")

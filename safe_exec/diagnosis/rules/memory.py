@@ -43,13 +43,13 @@ MEMORY_ERRORS = (
     "OutOfMemoryException",
     "ArrowMemoryError",
 )
-# As PyTorch, polars, C++ and TensorFlow report it in errors of other names.
+# Words of PyTorch, polars, C++ and TensorFlow, which report it in errors of other names.
 REFUSED_TO_LIBRARY = lazy_pattern(
     r"DefaultCPUAllocator: can't allocate memory|\(os error 12\)|std::bad_alloc|\bOOM when "
     r"allocating.*\bcpu\b",
     re.DOTALL,
 )
-# The share of the memory from which it is said whose it was.
+# From this share of the memory on, the text says whose memory it was.
 MOSTLY = 0.5
 # The same in other languages: R, C++, Julia.
 REFUSED = lazy_pattern(
@@ -62,7 +62,7 @@ PROGRAM_REFUSED = lazy_pattern(
     r"^(?:\w+\.)*_?(?:Array)?MemoryError\b|\[Errno 12\]|Cannot allocate memory|std::bad_alloc"
 )
 
-# How numpy says what it asked for.
+# numpy's text with the size of the refused request.
 ASKED_FOR = lazy_pattern(r"Unable to allocate (\d+(?:\.\d+)?) ([KMGTPE]iB)")
 UNITS = {
     unit: 1 << 10 * power
@@ -290,7 +290,7 @@ def worker_kill(context: Context) -> Cause | None:
     # A run that ended for a killed worker has no current cell.
     killed = evidence.oom_kills if isinstance(context.ending, LimitHit) else evidence.oom_kills_cell
     if not killed or (isinstance(context.ending, TimedOut) and evidence.oom_kills_in_time == 0):
-        # A worker that is killed when the time is up already is not why it was up.
+        # A worker that was killed after the time was up did not use up the time.
         return None
     facts = _facts(context)
     if evidence.error is not None:

@@ -332,7 +332,7 @@ def _with_program_in_its_place(context: Context, cause: Cause) -> Cause:
     # A failed exec returns, and further actions follow it.
     executed = _last(actions, lambda action: action.kind == "exec")
     if executed is None or (context.evidence.replaced_by is None and executed is not actions[-1]):
-        # It failed, and the notebook went on.
+        # The call failed, and the notebook went on.
         return cause
     if cause.kind is not CauseKind.UNRESPONSIVE and not (
         cause.kind is CauseKind.EXIT and isinstance(context.ending, Died)

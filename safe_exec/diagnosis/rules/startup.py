@@ -101,7 +101,7 @@ def start_failed(context: Context) -> Cause | None:
 
 def _advice_for_missing_kernel(installed: Mapping[str, str], language: str | None) -> str:
     """Return advice for a missing kernel; it names the installed kernels of its language."""
-    # A kernel of the same language runs the notebook most likely.
+    # A kernel of the same language is the most likely to run the notebook.
     alike = kernels_of_language(installed, language)
     if alike:
         preferred = alike[0]

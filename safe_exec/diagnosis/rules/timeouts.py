@@ -163,7 +163,8 @@ def _waiting(observation: ActivityObservation) -> Activity | None:  # noqa: PLR0
     if not observation.instrumented and (
         (call in MULTIPLEXERS and observation.targets != ()) or call in ("futex", "futex_waitv")
     ):
-        # So waits a kernel for whatever else is at work for it: a thread, a timer, us.
+        # A kernel also waits like this for anything else that works for it: a thread, a timer, or
+        # us.
         return Activity.WAITING_CHILD if (observation.children_cpu_share or 0.0) >= BUSY else None
     if call in SLEEPS or (call in MULTIPLEXERS and observation.targets == ()):
         return (
@@ -232,7 +233,8 @@ def _timed(
 ) -> Cause:
     observation = context.evidence.observation
     cause = make(context, kind, summary, confidence, _facts(context), advice)
-    # The signal is ours: what the kernel died of after its time was up says nothing about why.
+    # The signal is ours: the way in which the kernel died after its time was up does not tell the
+    # cause.
     return replace(
         cause,
         activity=activity_of(observation) if observation else None,
@@ -313,7 +315,7 @@ def unresponsive(context: Context) -> Cause | None:
         return None
     # The request may still be on its way.
     if (context.evidence.cell_seconds or 0.0) < BEGIN_SECONDS:
-        # It had no time to begin.
+        # The kernel had no time to begin.
         return None
     if observation.state in ("T", "t") or computes(observation):
         return None

@@ -90,7 +90,7 @@ class Blockage(StrEnum):
     OTHER = "other"
 
 
-# What does not end by itself, whoever is waited for.
+# Blockages that do not end by themselves, whoever is waited for.
 STUCK = (
     Blockage.STOPPED,
     Blockage.FULL_PIPE,
@@ -99,7 +99,7 @@ STUCK = (
     Blockage.INPUT,
     Blockage.TERMINAL,
 )
-# The most telling first.
+# All blockages, the most telling first.
 ORDER = (
     *STUCK,
     Blockage.HOLDS_OUTPUT,
@@ -394,7 +394,7 @@ def awaited_lock(observation: ActivityObservation) -> ObservedLock | None:
     return lock if polls_for_file_lock(observation) else None
 
 
-# SQLite tries again after 100 ms at most; a longer sleep is another one's.
+# SQLite tries again after 100 ms at most; a longer sleep belongs to other code.
 RETRIES_PER_SECOND = 4.0
 
 

@@ -29,7 +29,7 @@ from safe_exec.model.ending import (
 )
 from safe_exec.model.verdict import Cause, CauseKind, Confidence, Status, Verdict
 
-# What a cell error must be caused by to be searched for without being asked.
+# The causes for which a cell error is searched without a request for it.
 LIMIT_ERRORS = frozenset(
     {
         CauseKind.MEMORY_ERROR,
@@ -155,7 +155,7 @@ class Failure(Struct, frozen=True, kw_only=True):
             return True
         if self.moves and cause.kind is CauseKind.SEGFAULT:
             return True
-        # Nobody could look at the stack of one of them: it may have been full, or not.
+        # The stack of one of the two could not be read: it may have been full, or not.
         unseen = cause.kind is CauseKind.SEGFAULT and cause.confidence is not Confidence.CERTAIN
         return (
             self.kind is CauseKind.STACK_OVERFLOW

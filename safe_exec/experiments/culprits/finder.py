@@ -40,7 +40,8 @@ from safe_exec.model import events
 from safe_exec.model.events import EventSink
 from safe_exec.model.verdict import CauseKind, CellStatus, Culprits, Verdict
 
-# What depends on where memory lies or how much threads take of it at a time, or comes from outside.
+# Causes that depend on the layout of memory, on how much of it threads take at a time, or on the
+# outside.
 ERRATIC = MEMORY | {
     CauseKind.SEGFAULT,
     CauseKind.ABORT,
@@ -48,14 +49,14 @@ ERRATIC = MEMORY | {
     CauseKind.TERMINATED,
     CauseKind.UNKNOWN,
 }
-# How much more suspicious a cell is that hands a name of the slice to somebody else.
+# How much is added to the suspicion of a cell that passes a name of the slice to other code.
 WEAK = 0.5
-# The reduction of the reproduction goes on until the search has taken so many times the first run,
-# and for so many seconds at least.
+# The reduction of the reproduction goes on until the search has taken this many times the first
+# run, and at least this many seconds.
 MOST_FIRST_RUNS = 2.0
 LEAST_REDUCTION_SECONDS = 20.0
-# A search for a hang takes so much longer than the cell's timeout, the settling of its last trial
-# included.
+# A search for a hang takes this much longer than the cell's timeout, including the time for its
+# last trial to settle.
 HANG_SLACK_SECONDS, HANG_SETTLE_SECONDS = 5.0, 1.5
 # The trial that confirms a reduced reproduction lasts this share of the timeout at least.
 HANG_SHARE = 0.9
@@ -224,7 +225,7 @@ class Investigation:
                 # A library's frame.
                 continue
             if index not in self.sources or is_caught(self.sources[index], line):
-                # What is missing further in may be caught here.
+                # A NameError further in may be caught here.
                 break
             position = self.order.index(index)
             names[position] = names.get(position, frozenset()) | names_read_at(
@@ -376,7 +377,7 @@ class Investigation:
 
         async def ask(query: Query) -> Reply:
             seconds = max(least, end - time.monotonic())
-            # Its trial may take its time; it began soon enough.
+            # The last trial may take all the time that is left; it began soon enough.
             query = replace(query, time_budget=self.remaining())
             selection = reduction.selected(query)
             return await self.ask_statements(cells, reduction, selection, query, seconds)

@@ -46,7 +46,7 @@ from safe_exec.model.verdict import Stopped
 # A PASS of a failure that comes and goes is believed when the odds of being wrong are below this.
 DOUBT = 0.05
 MOST_REPEATS = 12
-# How often the whole is replayed, once it did not fail, to see how often it does.
+# How often the whole notebook is run again, after it did not fail, to measure how often it fails.
 REPLAYS = 4
 # How often a set of a failure that comes and goes is run in the end.
 CONFIRMATIONS = 5
@@ -57,9 +57,9 @@ ALWAYS = 5
 # How often a set is run that ended in the crash cell in another way, before it is believed not to
 # fail.
 ODD_LOOKS = 2
-# Larger sets than the slice that passed, and so show that it was no luck that the slice did.
+# This many larger sets that passed show that it was no luck that the slice did.
 ENOUGH_PASSES = 2
-# Larger sets that are looked at, before all cells.
+# The most larger sets that are tried, before all cells.
 MOST_LARGER = 3
 
 _Step = Generator[Query, Reply, bool]
@@ -77,7 +77,7 @@ class _Tally(Struct):
     fails: int = 0
     others: int = 0
     forms: int = 0
-    # The runs among them that were none from scratch, all of which failed.
+    # How many of the failing runs were not from scratch.
     quick: int = 0
     endings: Counter[str] = field(default_factory=Counter)
 
@@ -525,15 +525,15 @@ class _Searcher:
                 steady = yield from self.confirm(cells)
                 steady = steady and (yield from self.slice_passes_again())
             except _Stop:
-                # What was asked for is known: only one more look at it did not fit.
+                # The result is known: only another run to confirm it did not fit into the budget.
                 return True
             if one_form and self.several_forms:
                 # A smaller set may have failed in a form that counts only now.
                 continue
             if steady:
                 return True
-            # It came and went: what was taken for a FAIL may have been luck, and if not that, what
-            # was taken for a PASS.
+            # The failure came and went: what was taken for a FAIL may have been luck, and if not
+            # that, what was taken for a PASS.
             yield from self.replay(cells)
             # A larger set that always fails is the better answer for a user.
             larger = yield from self.steadier(cells)

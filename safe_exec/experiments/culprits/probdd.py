@@ -14,7 +14,7 @@ from safe_exec.experiments.culprits.protocol import Problem
 NEEDED = {"slice": 0.9, "found": 0.95, "other": 0.4}
 # So many cells are tried one by one at once: chunks would save nothing.
 FEW = 4
-# Never certain by the odds alone: only a run without the very cell is.
+# The odds alone never make a cell certain to be needed: only a run without that very cell does.
 MOST = 0.99
 
 

@@ -10,7 +10,7 @@ from msgspec import Struct, field
 
 from safe_exec.model.verdict import Stopped
 
-# How a run ended that had no cause to end.
+# The word for the ending of a run without a failure.
 PASSED = "passed"
 
 
@@ -127,13 +127,13 @@ class Problem(Struct, frozen=True, kw_only=True):
     seconds: Mapping[int, float] = field(default_factory=dict)
     # The time to start and stop a kernel.
     start_seconds: float = 0.0
-    # What a fresh run takes beyond `seconds`: other runs recognise a hang before its time is up.
+    # The further time that a fresh run takes: other runs recognise a hang before its time is up.
     fresh_seconds: float = 0.0
     # Failures of this kind often do not recur.
     erratic: bool = False
     # The seconds that the whole search may take.
     budget: float = math.inf
-    # Run the result again from scratch; else somebody else does.
+    # Whether the search itself runs the result again from scratch; otherwise the caller does.
     confirms: bool = True
 
     @property

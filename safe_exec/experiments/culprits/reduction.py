@@ -28,7 +28,8 @@ from safe_exec.experiments.static_analysis.dependencies import Dependencies, rea
 from safe_exec.experiments.static_analysis.names import USUAL
 from safe_exec.experiments.static_analysis.side_effects import writes_file
 
-# What must have been seen so often to count as certain, and once at least in a run from scratch.
+# A failure must have been seen this often to count as certain, and at least once in a run from
+# scratch.
 CONFIRMATIONS = 2
 
 

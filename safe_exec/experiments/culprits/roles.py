@@ -22,7 +22,7 @@ from safe_exec.experiments.static_analysis.effects import (
 from safe_exec.model.verdict import CellRecord, CrashCell, Culprit, Role
 from safe_exec.units import format_size
 
-# Memory below this is not what filled it.
+# A cell that kept less than this did not fill the memory.
 WORTH_NAMING = 8 << 20
 # A cell that kept less than this share of the limit did not fill it either.
 SHARE = 0.05

@@ -76,7 +76,7 @@ def _spans(
     """Yield the spans of a block; lines above ``first_free`` belong to the statement before it."""
     groups: list[list[ast.stmt]] = []
     for statement in body:
-        # Two on one line stay together, be it one that goes on after a backslash.
+        # Two statements on one line stay together, also if the line goes on after a backslash.
         if groups and (
             (groups[-1][-1].end_lineno or 0) >= _first_line(statement)
             or lines[_first_line(statement) - 2].endswith("\\")
@@ -102,7 +102,7 @@ def _inside(statement: ast.AST, lines: Sequence[str], depth: int) -> Iterator[Sp
     """Yield the spans inside a statement or clause."""
     body = _block(statement, "body")
     if not body:
-        # No compound statement, or a `match`, which has cases only.
+        # This is no compound statement, or a `match`, which has only cases.
         yield from _clauses(statement, lines, depth)
         return
     header_end = _first_line(body[0]) - 1

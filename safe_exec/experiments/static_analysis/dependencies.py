@@ -28,11 +28,12 @@ __all__ = ["CellFacts", "Dependencies", "Read", "imported_modules", "read_cell"]
 
 # --- what is surely evaluated ---------------------------------------------------------------------
 
-# Stands among the names evaluated where foreign code may run.
+# This mark stands among the evaluated names where foreign code may run.
 _EFFECT = ""
 
 
-# What is evaluated whatever the values are, in order; of what is not here, nothing is sure.
+# The parts that are evaluated whatever the values are, in order. Nothing is certain of nodes that
+# are not listed.
 _PARTS: dict[type[ast.AST], tuple[str, ...]] = {
     **dict.fromkeys(
         (

@@ -26,12 +26,12 @@ _IN_PLACE = words(
     "add append clear discard extend fill insert pop popitem put remove resize reverse "
     "setdefault sort update"
 )
-# What only looks at the process, or makes an object that no other cell sees.
+# Functions that only look at the process, or make an object that no other cell sees.
 _READERS = words(
     "active_count collect cpu_count current_thread enumerate main_thread Lock RLock Event "
     "Condition Semaphore Queue"
 )
-# What later cells read rather than what sets them off.
+# Names that are input of later cells rather than triggers of their failure.
 _INPUTS = (
     "os.environ",
     "os.putenv",
@@ -44,7 +44,7 @@ _INPUTS = (
 _SCOPES = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
-# What slows or limits all code that runs later, whatever names it uses.
+# Functions that slow or limit all code that runs later, whatever names it uses.
 _ON_ALL_CODE = words(
     "sys.settrace sys.setprofile threading.settrace threading.setprofile resource.setrlimit"
 )

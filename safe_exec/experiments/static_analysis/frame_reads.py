@@ -63,8 +63,8 @@ def _read_in(tree: ast.Module, line: int) -> frozenset[str]:
 
 def _chain(node: ast.AST, line: int) -> Iterator[ast.AST]:
     """Yield the statements around a line, outermost first."""
-    # Nothing is yielded inside a statement whose own head shares the line: it may not have got past
-    # it.
+    # Nothing is yielded inside a statement whose own head shares the line: the statement may not
+    # have got past its head.
     for child in ast.iter_child_nodes(node):
         first, last = getattr(child, "lineno", None), getattr(child, "end_lineno", None)
         if (

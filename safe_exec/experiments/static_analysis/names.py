@@ -185,7 +185,8 @@ class _NameReader(ast.NodeVisitor):
 
     def _branches(self, *blocks: Sequence[ast.AST]) -> None:
         """Visit alternative blocks, one of which runs."""
-        # Afterwards the names are bound that every block binds which does not leave the code.
+        # Afterwards a name is bound if every block binds it, except those blocks that leave the
+        # code.
         bound_before, ends = set(self.bound_names), []
         for block in blocks:
             self.bound_names = set(bound_before)

@@ -26,7 +26,7 @@ def statements_of(source: str, last_line: int | None) -> list[tuple[int, str]]:
         if last_line is not None and first > last_line:
             break
         last = statement.end_lineno or first
-        # Two on one line stay together, be it one that goes on after a backslash.
+        # Two statements on one line stay together, also if the line goes on after a backslash.
         if spans and (spans[-1][1] >= first or lines[first - 2].endswith("\\")):
             spans[-1] = (spans[-1][0], last)
         else:

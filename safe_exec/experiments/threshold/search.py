@@ -22,11 +22,11 @@ from msgspec import Struct
 
 # How often a value that passed and then failed is given up for a higher one.
 CLIMBS = 3
-# So many passes of the value that is named in the end.
+# The value that is named in the end has passed this often.
 ENOUGH = 2
 # Bisection stops at the precision, up to the rounding errors of the products.
 ROUNDING = 1e-9
-# By what to go up from a failure, and away from a mere guess.
+# The factor by which to go up from a failure, and away from a mere guess.
 FACTOR = 2.0
 
 
@@ -34,7 +34,7 @@ class ProbeOutcome(StrEnum):
     """The ways in which a run with a given value can end."""
 
     PASSED = "passed"
-    # By this limit.
+    # This limit ended the run.
     STRUCK = "struck"
     # Failed in a way that too small a value may or may not explain.
     OTHERWISE = "otherwise"

@@ -190,7 +190,7 @@ def is_own_code(frame: Frame) -> bool:
 
 
 def inner_frames(verdict: Verdict, most: int) -> list[Frame]:
-    """Return the frames of cells that the crash line called: the innermost ones, in call order."""
+    """Return the innermost calls in cells that the crash line led to, in the order of the calls."""
     crash = verdict.crash_cell
     if crash is None:
         return []

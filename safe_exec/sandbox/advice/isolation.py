@@ -95,7 +95,7 @@ def _fixes(machine: HostCapabilities, host: HostFacts) -> tuple[Fix, ...]:
     # Debian 10 and older, and hardened kernels, have this sysctl.
     if host.no_userns_clone and machine.uid != 0:
         fixes.append(_sysctl(sudo, "kernel.unprivileged_userns_clone", "1"))
-    # This one exists everywhere (namespaces(7)); hardened machines set it to 0.
+    # This sysctl exists everywhere (namespaces(7)); hardened machines set it to 0.
     if host.no_user_namespaces:
         fixes.append(_sysctl(sudo, "user.max_user_namespaces", "10000"))
     return tuple(fixes) or (_newer(machine, host),)

@@ -91,7 +91,7 @@ class BwrapProbe:
 
 def version_of(path: str) -> str | None:
     """Return the version of bubblewrap, ``None`` if it prints none."""
-    # It prints "bubblewrap 0.8.0".
+    # bubblewrap prints "bubblewrap 0.8.0".
     try:
         output = subprocess.run(
             [path, "--version"],

@@ -227,7 +227,7 @@ def bounds_left(hierarchy: CgroupHierarchy, target: Path) -> str:
 
 
 def can_join_below(directory: Path) -> str:
-    """Return why our processes cannot move to a new cgroup here, "" if they can."""
+    """Return why our processes cannot move to a new cgroup in ``directory``, "" if they can."""
     trouble = can_make_group(directory)
     if trouble:
         return trouble

@@ -28,7 +28,7 @@ LINE_WIDTH = 300
 USUAL_WIDTH = 60
 """Cells with a larger average line length are cut to fewer lines."""
 MOST_CULPRITS = 20
-# The page has so many colours for them.
+# The page has this many colours for holders.
 MOST_STACKED = 4
 MOST_HOLDERS = 8
 MOST_CELLS = 300
