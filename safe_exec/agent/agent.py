@@ -6,6 +6,7 @@ import faulthandler
 import json
 import os
 import socket
+import sys
 
 from . import layout
 from .bodies import Bodies
@@ -67,7 +68,22 @@ class Inside:
         self.write_text = None
         self.coverage = NoCoverage()
         self.instrumented = []
+        self.missing = {}
+        # Memory that holds 0 in a forked child.
+        self.is_not_forked = None
         self.child = False
+
+    def say_hello(self):
+        """Introduce this process to the runner."""
+        self.fact(
+            hello=os.getpid(),
+            python=sys.version.split()[0],
+            executable=sys.executable,
+            path=[p for p in sys.path if p][:20],
+            instrumented=self.instrumented,
+            missing=self.missing,
+            main=self.main,
+        )
 
     def fact(self, **fields):
         """Report a fact. Never waits and never raises.

@@ -69,18 +69,19 @@ def threads():
     return count
 
 
-def why_not_branchable(own, loop, channel):
+def why_not_branchable(own, loop, channel, is_kernels=None):
     """Return why the process cannot be forked, in a few words; empty if it can.
 
-    Threads are not checked here: count them after a fork, because some libraries end their threads
-    before one.
+    ``is_kernels`` tells the tasks and timers of the loop that a kernel makes for itself. Threads
+    are not checked here: count them after a fork, because some libraries end their threads before
+    one.
     """
     checks = (
         lambda: next((name for name in UNFORKABLE if name in sys.modules), ""),
         library,
         lambda: "child processes" if has_children() else "",
         lambda: "a timer" if has_timer() else "",
-        lambda: "asyncio tasks" if asyncio.all_tasks(loop) or loop._scheduled else "",
+        lambda: "asyncio tasks" if has_tasks(loop, is_kernels) else "",
         lambda: "sub-interpreters" if has_interpreters() else "",
         lambda: open_files(own, loop, channel),
         lambda: "shared memory" if shared_mappings() - own.mappings else "",
@@ -106,6 +107,12 @@ def has_children():
     except ChildProcessError:
         return False
     return True
+
+
+def has_tasks(loop, is_kernels=None):
+    """Tell whether the notebook left tasks or timers in the event loop."""
+    things = [*asyncio.all_tasks(loop), *(t for t in loop._scheduled if not t.cancelled())]
+    return any(is_kernels is None or not is_kernels(thing) for thing in things)
 
 
 def has_timer():
@@ -135,7 +142,7 @@ def open_files(own, loop, channel):
     return ""
 
 
-def files_in(folders, unwatched):
+def files_in(folders, unwatched, most=None):
     """Return the size and time of every file in some folders; ``None`` if there are too many.
 
     Mounted file systems in them are left out: other programs may change those at any time.
@@ -145,7 +152,7 @@ def files_in(folders, unwatched):
     waiting = list(folders)
     while waiting:
         waiting += look_at(waiting.pop(), mounted, unwatched, files)
-        if len(files) > MOST_FILES:
+        if len(files) > (most or MOST_FILES):
             return None
     return files
 

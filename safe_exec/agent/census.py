@@ -55,6 +55,14 @@ LEAST_UNEXPLAINED_BYTES = 32 << 20
 THOROUGH_SECONDS = 0.5
 
 
+def open_own_memory():
+    """Open the figures of this process's memory; ``None`` if the system has none."""
+    try:
+        return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
 class Census:
     """Takes the censuses of one kernel, and decides when one is due."""
 
@@ -65,10 +73,7 @@ class Census:
         self.clock = time.perf_counter
         self.limit = inside.config.get("memory")
         self.is_thorough = bool(inside.config.get("thorough"))
-        try:
-            self.statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            self.statm = None
+        self.statm = open_own_memory()
         self.growth = Growth()
         self.modules = None
         self.first_bytes = None
@@ -84,6 +89,13 @@ class Census:
         # Name -> number of the cell after which it was first there.
         self.bindings = {}
         self.last_holders = ()
+
+    def reopen(self):
+        """Go on in a forked copy of the kernel: its memory is read from a file of its own."""
+        if self.statm is not None:
+            os.close(self.statm)
+        self.statm = open_own_memory()
+        self.lock = _thread.allocate_lock()
 
     def own_bytes(self):
         """Return this process's memory in bytes, without pages of files; ``None`` if unknown."""

@@ -24,11 +24,7 @@ def arm(inside):
     """
     enable = faulthandler.enable
     enable(file=inside.fault_fd, all_threads=True)
-    # A thread that runs on, because the main thread has released the interpreter lock, changes the
-    # frames that a dump of all threads reads: of 280 kernels near their memory limit, three ended
-    # with SIGSEGV in it.
-    faulthandler.register(DUMP_SIGNAL, file=inside.fault_fd, all_threads=False, chain=False)
-    faulthandler.register(DUMP_ALL_SIGNAL, file=inside.fault_fd, all_threads=True, chain=False)
+    register_dumps(inside)
 
     def enable_here(*_args, **_kwargs):
         enable(file=inside.fault_fd, all_threads=True)
@@ -38,6 +34,15 @@ def arm(inside):
     inside.keep_enabled = enable_here
     faulthandler.enable = enable_here
     os.register_at_fork(after_in_child=inside.forked)
+
+
+def register_dumps(inside):
+    """Write stacks to our own descriptor at the dump signals."""
+    # A thread that runs on, because the main thread has released the interpreter lock, changes the
+    # frames that a dump of all threads reads: of 280 kernels near their memory limit, three ended
+    # with SIGSEGV in it.
+    faulthandler.register(DUMP_SIGNAL, file=inside.fault_fd, all_threads=False, chain=False)
+    faulthandler.register(DUMP_ALL_SIGNAL, file=inside.fault_fd, all_threads=True, chain=False)
 
 
 def watch_handler(inside):

@@ -1,8 +1,6 @@
 """Patches the kernel that is about to start."""
 
 import _thread
-import os
-import sys
 
 from .cells import patch_shell
 from .commands import patch_commands
@@ -15,6 +13,7 @@ from .lazy_imports import patch_client, patch_collector, patch_debugger
 from .line_coverage import patch_coverage
 from .output import patch_descriptors, patch_messages, patch_streams
 from .sampler import sample_forever
+from .snapshots import patch_snapshots
 from .threads import patch_threads
 
 PARTS = (
@@ -24,6 +23,8 @@ PARTS = (
     patch_debugger,
     patch_collector,
     patch_shell,
+    # After it: a copy is made before the cell begins.
+    patch_snapshots,
     patch_streams,
     patch_messages,
     patch_descriptors,
@@ -48,12 +49,5 @@ def patch_kernel(inside):
         except Exception as error:
             missing[part.__name__] = f"{type(error).__name__}: {error}"
     _thread.start_new_thread(sample_forever, (inside,))
-    inside.fact(
-        hello=os.getpid(),
-        python=sys.version.split()[0],
-        executable=sys.executable,
-        path=[p for p in sys.path if p][:20],
-        instrumented=inside.instrumented,
-        missing=missing,
-        main=inside.main,
-    )
+    inside.missing = missing
+    inside.say_hello()

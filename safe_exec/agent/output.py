@@ -66,7 +66,6 @@ def patch_streams(inside):
     write = OutStream.write
     cut = inside.config.get("cut") or sys.maxsize
     headers = inside.headers
-    own = page.pid
     getpid = os.getpid
 
     def write_text(stream, string, fd_bytes):
@@ -76,14 +75,14 @@ def patch_streams(inside):
                 page.note_fd(1 if stream.name == "stderr" else 0, fd_bytes, 0)
             return write(stream, string)
         index = 1 if stream.name == "stderr" else 0
-        if page.counts[index] > cut and isinstance(string, str) and getpid() == own:
+        if page.counts[index] > cut and isinstance(string, str) and getpid() == page.pid:
             page.counts[index] += len(string)
             COUNTS.pack_into(page.memory, COUNTS_AT, *page.counts)
             if fd_bytes:
                 page.note_fd(index, fd_bytes, 0)
             return len(string)
         # First on record, then to ipykernel: between the two the process may end.
-        filled = isinstance(string, str) and getpid() == own and page.text(index, string)
+        filled = isinstance(string, str) and getpid() == page.pid and page.text(index, string)
         if fd_bytes:
             page.note_fd(index, fd_bytes, 0)
         result = write(stream, string)
@@ -107,7 +106,7 @@ def patch_streams(inside):
     inside.instrumented.append("streams")
     if WRITE_ALWAYS <= set(write.__code__.co_names) <= WRITE_ALWAYS | WRITE_SOMETIMES:
         try:
-            ours = wiped_in_children()
+            ours = inside.is_not_forked = wiped_in_children()
         except (
             OSError,
             AttributeError,

@@ -13,8 +13,16 @@ class Page:
     """The shared memory: header, last stack, and two journal segments that are used in turn."""
 
     def __init__(self, fd):
-        self.memory = mmap.mmap(fd, layout.PAGE_BYTES + 2 * layout.SEGMENT_BYTES)
         self.lock = _thread.RLock()
+        # The number of the running cell, or of the last one.
+        self.cell = 0
+        self.counts = [0, 0]
+        self.fd_bytes = [[0, 0], [0, 0]]
+        self.move_to(fd)
+
+    def move_to(self, fd):
+        """Write to this memory from now on; cells are numbered on."""
+        self.memory = mmap.mmap(fd, layout.PAGE_BYTES + 2 * layout.SEGMENT_BYTES)
         self.pid = os.getpid()
         self.segment = 0
         # The start of the last record's payload.
@@ -25,9 +33,9 @@ class Page:
         )  # where the journal goes on: the file position of the mapping
         # The stream whose record a further write of this cell may extend.
         self.last = None
-        self.cell = 0
-        self.counts = [0, 0]
-        self.fd_bytes = [[0, 0], [0, 0]]
+        self.counts[:] = 0, 0
+        for counts in self.fd_bytes:
+            counts[:] = 0, 0
         self.head()
 
     def head(self, line=0):

@@ -73,6 +73,17 @@ class CrashOutput:
         self._fault.setblocking(False)
         return stderr, fault
 
+    def close(self) -> None:
+        """Stop reading: another process takes the place of the one that has ended."""
+        self._hold = None
+        self._close_kernel_end()
+        if self._fault is not None:
+            self._fault.close()
+            self._fault = None
+        if self._stderr >= 0:
+            os.close(self._stderr)
+            self._stderr = -1
+
     def sources(self) -> tuple[int, ...]:
         """Return the descriptors to read: stderr, and the fault socket if no process is held."""
         fault = self._fault.fileno() if self._fault and self._hold is None else -1

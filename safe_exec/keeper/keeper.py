@@ -47,6 +47,10 @@ KILL_SECONDS = 5.0
 # Stacks are dumped from this share of the memory limit on.
 NEAR = 0.85
 STACK_STEP = 0.04
+# The share of the memory limit that a sleeping copy of the kernel may have for itself near it.
+COPY_SHARE = 1 / 32
+# It is looked at again when the memory has grown by this share.
+COPY_STEP = 0.01
 # No allocation fills memory faster than 5 GB/s, which bounds how soon memory can reach its limit.
 FASTEST_BYTES_PER_MS = 5 << 20
 MEMORY_CHECK_MS = (2, 100)
@@ -72,10 +76,13 @@ class Keeper:
         self.plan: Spawn | None = None
         self.pid = 0
         self.exited = False
+        # A sleeping copy of the kernel, and the reasons of kills that it outlives.
+        self.spared: int | None = None
+        self.spared_reasons: tuple[str, ...] = ()
         self.caught_signals: int | None = None
         self.reason: str | None = None
         self.crash_output = CrashOutput(self.send_fault, self.send_dying)
-        self.dumped_share = 0.0
+        self.dumped_share = self.checked_share = 0.0
         self.made_cgroups: list[str] = []
         self.orphaned = True
         self.bubblewrap: Bubblewrap | None = None
@@ -289,7 +296,7 @@ class Keeper:
             self.carry_out(request)
         return True
 
-    def carry_out(self, request: protocol.ToKeeper) -> None:
+    def carry_out(self, request: protocol.ToKeeper) -> None:  # noqa: C901 - one case a message
         """Carry out one request."""
         if isinstance(request, Spawn):
             self.start(request)
@@ -305,6 +312,11 @@ class Keeper:
             self.crash_output.hold_seconds = request.seconds
         elif isinstance(request, protocol.ReadOn):
             self.crash_output.release()
+        elif isinstance(request, protocol.Spare):
+            self.spared, self.spared_reasons = request.pid, request.reasons
+            self.checked_share = 0.0
+        elif isinstance(request, protocol.Continue):
+            self.continue_with(request.pid)
         elif isinstance(request, protocol.AddCleanup) and self.plan is not None:
             self.plan = self.plan._replace(cleanup_if_runner_dies=request.cleanup_if_runner_dies)
 
@@ -323,6 +335,31 @@ class Keeper:
         except (OSError, ValueError) as error:
             self.send(protocol.Failed(message=str(error), command_failed=False))
 
+    def continue_with(self, pid: int) -> None:
+        """Make a sleeping copy of the dead kernel the kernel; kill everything else."""
+        self.spared = pid
+        self.kill_tree(spared=pid)
+        self.spared = None
+        copy = procfs.stat(pid)
+        # Only of a child does the system tell how it ended.
+        if (
+            self.plan is None
+            or not self.exited
+            or copy is None
+            or copy.state in "ZX"
+            or pid not in procfs.children(os.getpid())
+        ):
+            self.send(protocol.Continued(pid=None))
+            return
+        self.crash_output.close()
+        self.crash_output = CrashOutput(self.send_fault, self.send_dying)
+        stderr, fault = self.crash_output.open(self.plan.dump_signal)
+        self.pid, self.exited, self.reason, self.caught_signals = pid, False, None, None
+        self.dumped_share = self.checked_share = 0.0
+        self.send(protocol.Continued(pid=pid), descriptors=(stderr, fault.fileno()))
+        os.close(stderr)
+        fault.close()
+
     def kill(self, reason: str) -> None:
         """Record the reason, then kill the process tree.
 
@@ -332,7 +369,7 @@ class Keeper:
             self.reason = reason
             if self.plan is not None and reason in self.plan.stack_before:
                 self.dump_stack()
-        self.kill_tree()
+        self.kill_tree(spared=self.spared if reason in self.spared_reasons else None)
 
     def check_memory(self) -> int | None:
         """Dump a stack at each step near the memory limit.
@@ -347,14 +384,29 @@ class Keeper:
         # A kernel that the OOM killer ends cannot report anything, and its sampling thread sees a
         # loop only between two of its steps. C code writes this stack on the return from a page
         # fault, so it shows where the memory went.
+        if share >= NEAR:
+            self.drop_copy(share, limit)
         if share >= NEAR and share >= self.dumped_share + STACK_STEP:
             self.dumped_share = share
             self.request_stack()
         elif share < NEAR:
-            self.dumped_share = 0.0
+            self.dumped_share = self.checked_share = 0.0
         shortest, longest = MEMORY_CHECK_MS
         until_near = (NEAR - share) * limit / FASTEST_BYTES_PER_MS
         return int(max(shortest, min(longest, until_near)))
+
+    def drop_copy(self, share: float, limit: int) -> None:
+        """Kill the sleeping copy if its own memory could decide whether the kernel has enough."""
+        # Pages that both still share count once. The others were the kernel's before a cell changed
+        # or freed them, and only the copy keeps them. What they grow by, the memory grows by too.
+        if self.spared is None or share < self.checked_share + COPY_STEP:
+            return
+        self.checked_share = share
+        own, kernel = procfs.private_bytes(self.spared), procfs.status_bytes(self.pid, "VmRSS")
+        # All pages are the copy's own once the kernel has ended.
+        if kernel is not None and (own is None or own > limit * COPY_SHARE):
+            procfs.signal_one(self.spared, signal.SIGKILL)
+            self.spared = None
 
     def request_stack(self) -> bool:
         """Send the signal at which the main thread dumps its stack.
@@ -376,13 +428,16 @@ class Keeper:
         if self.request_stack():
             self.crash_output.wait_for_stack(self.pid)
 
-    def kill_tree(self) -> list[int]:
-        """Kill every process in the sandbox; return the pids that did not die."""
-        for path in self.cgroup.kill_files:
+    def kill_tree(self, *, spared: int | None = None) -> list[int]:
+        """Kill every process in the sandbox but one; return the pids that did not die."""
+        for path in self.cgroup.kill_files if spared is None else ():
             with contextlib.suppress(OSError):
                 cgroupfs.write(path, "1")
         return procfs.kill_descendants(
-            os.getpid(), deadline=time.monotonic() + KILL_SECONDS, reap=self.reap
+            os.getpid(),
+            deadline=time.monotonic() + KILL_SECONDS,
+            reap=self.reap,
+            spared=spared,
         )
 
     def handle_signals(self) -> None:

@@ -252,8 +252,22 @@ def signal_group(pid: int, signum: int) -> None:
     signal_one(pid, signum)
 
 
-def kill_descendants(root: int, *, deadline: float, reap: Callable[[], bool]) -> list[int]:
+def private_bytes(pid: int) -> int | None:
+    """Return the memory that no other process shares with this one, ``None`` if it has ended."""
+    try:
+        with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(b"Private_"))
+
+
+def kill_descendants(
+    root: int, *, deadline: float, reap: Callable[[], bool], spared: int | None = None
+) -> list[int]:
     """Kill every descendant of ``root`` (a subreaper, so that orphans stay its descendants).
+
+    Except for the ``spared`` one.
 
     All are stopped before any is killed: otherwise a process that forks faster than we read /proc
     would outrun us. ``reap`` collects zombies and says whether any child is left. Returns the pids
@@ -262,9 +276,11 @@ def kill_descendants(root: int, *, deadline: float, reap: Callable[[], bool]) ->
     """
     while True:
         alive = [
-            pid for pid in descendants(root) if (s := stat(pid)) is not None and s.state not in "ZX"
+            pid
+            for pid in descendants(root)
+            if pid != spared and (s := stat(pid)) is not None and s.state not in "ZX"
         ]
-        if not alive and not reap():
+        if not alive and (not reap() or spared is not None):
             return []
         signal_all(alive, signal.SIGSTOP)
         signal_all(alive, signal.SIGKILL)

@@ -211,6 +211,22 @@ class ReadOn(NamedTuple):
     """End ``HoldAtFault`` early: let the held kernel write its report and die."""
 
 
+class Spare(NamedTuple):
+    """Let a sleeping copy of the kernel live when the kernel is killed for one of these reasons.
+
+    ``pid`` is ``None`` if there is no copy any more.
+    """
+
+    pid: int | None
+    reasons: tuple[str, ...]
+
+
+class Continue(NamedTuple):
+    """After the kernel's death: kill all processes but this copy, which becomes the kernel."""
+
+    pid: int
+
+
 class Finish(NamedTuple):
     """Take the sandbox down and exit."""
 
@@ -231,6 +247,16 @@ class Spawned(NamedTuple):
     """
 
     pid: int
+
+
+class Continued(NamedTuple):
+    """The copy is the kernel now.
+
+    Its descriptors come along: its own stderr, and the socket of its fault handler. ``pid`` is
+    ``None``, and there are none, if the copy does not live or is no child of the keeper.
+    """
+
+    pid: int | None
 
 
 class Failed(NamedTuple):
@@ -313,10 +339,13 @@ class CleanupResult(NamedTuple):
     remaining_paths: tuple[str, ...] = ()
 
 
-ToKeeper = Note | Spawn | SendSignal | Kill | AddCleanup | HoldAtFault | ReadOn | Finish
+ToKeeper = (
+    Note | Spawn | SendSignal | Kill | AddCleanup | HoldAtFault | ReadOn | Spare | Continue | Finish
+)
 ToRunner = (
     Ready
     | Spawned
+    | Continued
     | Failed
     | Fault
     | Dying
@@ -335,11 +364,14 @@ TO_KEEPER: Mapping[str, type[ToKeeper]] = {
     "add_cleanup": AddCleanup,
     "hold_at_fault": HoldAtFault,
     "read_on": ReadOn,
+    "spare": Spare,
+    "continue": Continue,
     "finish": Finish,
 }
 TO_RUNNER: Mapping[str, type[ToRunner]] = {
     "ready": Ready,
     "spawned": Spawned,
+    "continued": Continued,
     "failed": Failed,
     "fault": Fault,
     "dying": Dying,

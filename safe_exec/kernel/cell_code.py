@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from msgspec import Struct
@@ -59,6 +59,12 @@ class CellCode:
         for name, cell in cells.items():
             code.add(name, Source(cell=cell, line_map=IDENTITY))
         return code
+
+    def follow(self, earlier: CellCode, cells: Collection[int]) -> None:
+        """Know the sources of some cells of the kernel of which this one is a copy."""
+        for name, known in earlier._sources.items():
+            self._sources[name] = [source for source in known if source.cell in cells]
+        self._count = earlier._count
 
     def add(self, name: str, source: Source) -> None:
         """Add a source; those beyond MOST_SOURCES are ignored."""

@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec import Struct
@@ -28,6 +29,8 @@ class ForkMessage(Struct, frozen=True, kw_only=True):
 
     fields: dict[str, Any]
     channel: ForkChannel | None
+    # The other end was closed.
+    ended: bool = False
 
 
 class ForkChannel:
@@ -59,6 +62,24 @@ class ForkChannel:
                 return True
         return False
 
+    async def send_with(self, descriptors: Sequence[int], /, **fields: Any) -> bool:
+        """Send a message with descriptors; false if nobody takes it."""
+        try:
+            socket.send_fds(self._socket, [json.dumps(fields).encode()], descriptors)
+        except OSError:
+            return False
+        return True
+
+    def receive_now(self) -> ForkMessage | None:
+        """Return the next message that has arrived, ``None`` if there is none or it is invalid."""
+        try:
+            data, fds, _, _ = socket.recv_fds(self._socket, MESSAGE_BYTES, MOST_DESCRIPTORS)
+        except OSError:
+            return None
+        if not data and not fds:
+            return ForkMessage(fields={}, channel=None, ended=True)
+        return _message(data, fds)
+
     async def receive(self, seconds: float) -> ForkMessage | None:
         """Return the next message; ``None`` at the end of the socket and for an invalid message.
 
@@ -76,20 +97,25 @@ class ForkChannel:
             data, fds, _, _ = socket.recv_fds(self._socket, MESSAGE_BYTES, MOST_DESCRIPTORS)
         except OSError:
             return None
-        channel = _channel_of(fds)
-        try:
-            fields = json.loads(data)
-        except (ValueError, RecursionError):
-            fields = None
-        if not isinstance(fields, dict):
-            if channel is not None:
-                channel.close()
-            return None
-        return ForkMessage(fields=fields, channel=channel)
+        return _message(data, fds)
 
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
+
+
+def _message(data: bytes, fds: list[int]) -> ForkMessage | None:
+    """Return a message and the channel that came with it; ``None`` if it is invalid."""
+    channel = _channel_of(fds)
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        if channel is not None:
+            channel.close()
+        return None
+    return ForkMessage(fields=fields, channel=channel)
 
 
 def _channel_of(fds: list[int]) -> ForkChannel | None:

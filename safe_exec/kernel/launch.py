@@ -158,6 +158,8 @@ class Launch(Struct, frozen=True, kw_only=True):
     coverage: CoverageFile | None = None
     # Answers the culprit search in forks of itself.
     forks: bool = False
+    # Leaves a sleeping copy of itself before each cell.
+    snapshots: bool = False
 
     def __repr__(self) -> str:
         # Without the environment and the key: both are secrets.
@@ -303,6 +305,7 @@ def begin_launch(sandbox: Sandbox, request: Launch) -> LaunchedKernel:
             thorough=request.thorough,
             coverage=request.coverage,
             forks=request.forks,
+            snapshots=request.snapshots,
         ),
         coverage=request.coverage,
     )
@@ -455,13 +458,14 @@ def inside_config(
     thorough: bool = False,
     coverage: CoverageFile | None = None,
     forks: bool = False,
+    snapshots: bool = False,
 ) -> dict[str, object]:
     """Return the agent's settings.
 
     The agent cuts output at its caps only if the client ``marks`` the missing part. With
     ``strict_shell`` a failing ``!command`` raises. ``thorough`` is true if the run only looks for
     the holders of memory, so that a census may take longer. ``forks`` is true if the kernel runs no
-    cells itself.
+    cells itself, ``snapshots`` if it leaves a copy of itself before each cell.
     """
     cap = limits.cell_output if marks else None
     cut = None if cap is None else cap + MESSAGE_SLACK
@@ -474,4 +478,5 @@ def inside_config(
         "thorough": thorough,
         "coverage": None if coverage is None else asdict(coverage.settings),
         "forks": forks,
+        "snapshots": snapshots,
     }

@@ -39,6 +39,8 @@ class PrestartedKernel:
         self.plan: SpawnPlan | None = None
         self._launched: LaunchedKernel | None = None
         self._failure: SafeExecError | None = None
+        # Whether the kernel expects somebody to receive copies of it.
+        self.snapshots = False
 
     def sandbox_for(self, plan: SpawnPlan) -> Sandbox:
         """Return the sandbox; start its keeper first if necessary."""
@@ -58,6 +60,7 @@ class PrestartedKernel:
         env: Mapping[str, str],
         strict_shell: bool = False,
         coverage: CoverageFile | None = None,
+        snapshots: bool = False,
     ) -> None:
         """Start the kernel without waiting for it; do nothing if ``find_spec`` does not support it.
 
@@ -67,7 +70,7 @@ class PrestartedKernel:
         spec = find_spec(kernel_name)
         if spec is None:
             return
-        self.plan = plan
+        self.plan, self.snapshots = plan, snapshots
         try:
             request = Launch(
                 spec=spec,
@@ -78,10 +81,16 @@ class PrestartedKernel:
                 env=env,
                 strict_shell=strict_shell,
                 coverage=coverage,
+                snapshots=snapshots,
             )
             self._launched = begin_launch(self.sandbox_for(plan), request)
         except SafeExecError as error:
             self._failure = error
+
+    @property
+    def is_launched(self) -> bool:
+        """Whether a kernel was started."""
+        return self._launched is not None
 
     def outcome(self) -> LaunchedKernel | None:
         """Return the started kernel, ``None`` if there is none. Raises the error of the start."""

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
     from safe_exec.kernel.coverage_file import CoverageFile
     from safe_exec.kernel.fork_channel import RootHandover
+    from safe_exec.kernel.snapshots import KernelSnapshots
 
 # Time for exit hooks between the shutdown request and the kill.
 SHUTDOWN_SECONDS = 3.0
@@ -108,6 +109,7 @@ class SessionRequest(Struct, frozen=True, kw_only=True):
     headless kernel declines to ask. With ``reads_native`` the native stack is read at a fatal
     fault, with ``with_locals`` its variables too. ``allocations`` is set only in a trial that looks
     for the holders of memory, ``forks`` only for a kernel that answers the culprit search in forks.
+    ``snapshots`` receives the copies of a kernel that leaves some.
     An interactive kernel has the ``key`` of its client's connection file, and the client's
     ``arguments`` after its command.
     """
@@ -126,6 +128,7 @@ class SessionRequest(Struct, frozen=True, kw_only=True):
     allocations: AllocationFile | None = None
     coverage: CoverageFile | None = None
     forks: RootHandover | None = None
+    snapshots: KernelSnapshots | None = None
     key: str | None = None
     arguments: tuple[str, ...] = ()
 
@@ -169,6 +172,7 @@ async def open_session(
             thorough=request.allocations is not None,
             coverage=request.coverage,
             forks=request.forks is not None,
+            snapshots=request.snapshots is not None,
         )
         # Building a sandbox blocks, and other runs share this event loop.
         launched = await _run_in_thread(partial(launch, sandbox, launch_request))
@@ -190,6 +194,7 @@ async def open_session(
             provisioner=provisioner,
             make_client=make_client,
             forwarder_prefix=forwarder_prefix,
+            launched=launched,
         )
     except BaseException:
         provisioner.stop_watching()
@@ -275,6 +280,7 @@ class KernelSession:
         provisioner: SandboxProvisioner,
         make_client: ClientFactory,
         forwarder_prefix: str | None,
+        launched: LaunchedKernel | None = None,
     ) -> None:
         # Both are known once the kernel has been executed.
         assert sandbox.kernel_pid is not None and sandbox.keeper_pid is not None
@@ -297,6 +303,7 @@ class KernelSession:
         self._native_task: asyncio.Task[None] | None = None
         self._answering: asyncio.Task[None] | None = None
         self.agent_facts = AgentFacts()
+        self.launched = launched
         self.history = ChildHistory()
         # Observes changes of the process since it first answered.
         self.changes: ProcessChanges | None = None
@@ -310,13 +317,18 @@ class KernelSession:
         watchdog = provisioner.watchdog
         tree = watchdog.tree if watchdog is not None else None
         judge = watchdog.judge if watchdog is not None else None
-        self.meter = Meter(self.plan, self.keeper_pid, self.pid, tree, judge)
+        self._tree = tree
+        self.meter = Meter(
+            self.plan, self.keeper_pid, self.pid, tree, judge, before=sandbox.counters_before
+        )
         self._watch()
         if self.instrumented and self.agent_channels is not None:
             if self.allocations is not None:
                 self.allocations.send(self.agent_channels.facts)
             if request.forks is not None:
                 request.forks.send(self.agent_channels.facts)
+            if request.snapshots is not None:
+                request.snapshots.begin(self.agent_channels.facts, self._spare)
         self.volumes = Volumes(self.pid, _places_to_write(request, sandbox))
         self.client = make_client(manager, self.died)
         self.agent_facts.client = self.client
@@ -333,6 +345,13 @@ class KernelSession:
         loop.add_reader(self.sandbox.fileno(), self._pump)
         if self.instrumented and self.agent_channels is not None:
             loop.add_reader(self.agent_channels.facts.fileno(), self.take_facts)
+
+    def _spare(self, pid: int | None) -> None:
+        """Let a copy of the kernel live, and leave it out of all figures."""
+        self.sandbox.spare(pid)
+        self.meter.leave_out(pid)
+        if self._tree is not None:
+            self._tree.left_out = pid
 
     def _prepare_native(self) -> None:
         """Let the keeper hold the kernel at a fatal fault, if its native stack can be read."""
@@ -720,10 +739,11 @@ class KernelSession:
         self.volumes.close()
         self.meter.close()
 
-    def close(self) -> None:
+    def close(self, *, keep_sandbox: bool = False) -> None:
         """End all processes and remove all files; ``cleanup`` lists those that remain.
 
-        Can be called again.
+        Can be called again. With ``keep_sandbox`` the caller goes on with it, by a copy of the
+        kernel.
         """
         if self._closed:
             return
@@ -739,7 +759,10 @@ class KernelSession:
         self.client.kc = None
         with contextlib.suppress(ValueError, OSError):
             loop.remove_reader(self.sandbox.fileno())
-        self.cleanup = self.sandbox.shutdown()
+        if self._request.snapshots is not None:
+            self._request.snapshots.close()
+        if not keep_sandbox:
+            self.cleanup = self.sandbox.shutdown()
         channels = self.agent_channels
         if channels is not None:
             with contextlib.suppress(ValueError, OSError):

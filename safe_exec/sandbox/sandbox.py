@@ -64,6 +64,11 @@ class WallSetup(Struct, frozen=True, kw_only=True):
     discarded: tuple[DiscardedPlace, ...] = ()
 
 
+# A kill for one of these reasons ends the kernel, and a copy of it may go on with the next cell.
+SPARED = (TerminationReason.CELL_TIMEOUT.value, TerminationReason.MEMORY.value)
+CONTINUED_DESCRIPTORS = 2
+
+
 class KernelExit(Struct, frozen=True, kw_only=True):
     """The end of the kernel process, as the keeper observed it.
 
@@ -137,6 +142,10 @@ class Sandbox:
         self.fault_text = ""
         self.fault_at = 0.0
         self._failure: protocol.Failed | None = None
+        self._continued: list[protocol.Continued] = []
+        # The counters of the groups at the death of the last kernel, and of the one before it.
+        self._counters = self.counters_before = Counters()
+        self._descriptors: list[int] = []
         self._command = ""
         self._is_keeper_gone = False
         self._decision_lock = threading.Lock()
@@ -243,6 +252,31 @@ class Sandbox:
         self.on_dying = on_dying
         self._send(protocol.HoldAtFault(seconds=seconds))
 
+    def spare(self, pid: int | None) -> None:
+        """Let a sleeping copy of the kernel outlive the kernel where a run may go on after it."""
+        self._send(protocol.Spare(pid=pid, reasons=SPARED))
+
+    def continue_with(self, pid: int) -> tuple[int, int] | None:
+        """Make a sleeping copy of the dead kernel the kernel, and kill everything else.
+
+        Returns descriptors for it: its stderr, and the socket of its fault handler. ``None`` if it
+        does not live any more, or the keeper does not. Then the sandbox is of no further use.
+        """
+        self._continued, self._descriptors = [], []
+        self._send(protocol.Continue(pid=pid))
+        try:
+            self._wait_for(lambda: bool(self._continued), "the copy was not taken on")
+        except SandboxError:
+            return None
+        if self._continued[0].pid != pid or len(self._descriptors) != CONTINUED_DESCRIPTORS:
+            return None
+        stderr, fault = self._descriptors
+        self.counters_before = self._counters
+        self.kernel_pid, self.exit, self.kill_reason = pid, None, None
+        self.fault_text, self._is_ending = "", False
+        self.on_exit = self.on_dying = None
+        return stderr, fault
+
     def read_on(self) -> None:
         """Let a held kernel write its report and die."""
         self._send(protocol.ReadOn())
@@ -280,8 +314,11 @@ class Sandbox:
             return
         except ConnectionError:
             data, fds = b"", []
-        # Only ``Spawned`` carries a descriptor, and only from inside bubblewrap.
-        self.sockets = next(iter(fds), self.sockets)
+        if len(fds) == CONTINUED_DESCRIPTORS:
+            self._descriptors = fds
+        else:
+            # Otherwise only ``Spawned`` carries one, and only from inside bubblewrap.
+            self.sockets = next(iter(fds), self.sockets)
         if not data:
             self._keeper_gone()
             return
@@ -298,7 +335,7 @@ class Sandbox:
             )
             self._keeper_gone()
 
-    def _process(self, message: protocol.ToRunner) -> None:
+    def _process(self, message: protocol.ToRunner) -> None:  # noqa: C901 - one case a message
         match message:
             case protocol.Ready():
                 self.keeper_pid = message.pid
@@ -311,8 +348,11 @@ class Sandbox:
                 self.signals_to_keeper.append(message.number)
             case protocol.Fault() | protocol.Dying():
                 self._process_fault(message)
+            case protocol.Continued():
+                self._continued = [message]
             case protocol.Exited():
-                self._set_exit(_kernel_exit(message))
+                self._counters = parse_counters(message.counters)
+                self._set_exit(_kernel_exit(message, self._counters.since(self.counters_before)))
             case protocol.Trouble():
                 self.troubles.append(message.message)
             case protocol.Discarded():
@@ -405,7 +445,7 @@ class Sandbox:
         return CleanupResult(remaining_paths=tuple(remaining))
 
 
-def _kernel_exit(message: protocol.Exited) -> KernelExit:
+def _kernel_exit(message: protocol.Exited, counters: Counters) -> KernelExit:
     fault = message.fault
     return KernelExit(
         status=None if message.status is None else ExitStatus(message.status),
@@ -413,7 +453,7 @@ def _kernel_exit(message: protocol.Exited) -> KernelExit:
         at=message.at,
         cpu_seconds=message.cpu_seconds,
         resident_peak=message.resident_peak,
-        counters=parse_counters(message.counters),
+        counters=counters,
         fault=message.fault_text,
         stack_bytes=fault.stack_bytes if fault is not None else None,
         stack_limit=fault.stack_limit if fault is not None else None,
@@ -436,12 +476,12 @@ def _signals(mask: int | None) -> frozenset[int] | None:
 
 
 def _receive(control: socket.socket) -> tuple[bytes, list[int]]:
-    """Return the bytes in the socket and at most one descriptor.
+    """Return the bytes in the socket and at most two descriptors.
 
     Raises BlockingIOError if empty.
     """
     # Before Python 3.12 socket.recv_fds ignores its flags, so it would block.
-    room = socket.CMSG_SPACE(struct.calcsize("i"))
+    room = socket.CMSG_SPACE(CONTINUED_DESCRIPTORS * struct.calcsize("i"))
     flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
     data, ancillary, _, _ = control.recvmsg(RECEIVE_BYTES, room, flags)
     rights = b"".join(

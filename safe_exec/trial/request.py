@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from safe_exec.kernel.coverage_file import CoverageFile
     from safe_exec.kernel.fork_channel import RootHandover
     from safe_exec.kernel.prestart import PrestartedKernel
+    from safe_exec.kernel.snapshots import KernelSnapshots, SleepingKernel
 
 
 class Cancellation:
@@ -100,6 +101,10 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
     coverage: CoverageFile | None = None
     # For a kernel that runs no cells itself, but answers the culprit search in forks.
     forks: RootHandover | None = None
+    # Receives copies of the kernel from before each cell, to go on after one that fails.
+    snapshots: KernelSnapshots | None = None
+    # The kernel is a copy of an earlier one, from before a cell that failed.
+    continues: SleepingKernel | None = None
     # Answers to `input()`; None: it raises.
     stdin_lines: tuple[str, ...] | None = None
     # Cells that may raise, as if they had nbclient's tag for it.
@@ -140,3 +145,7 @@ class TrialResult(Struct, frozen=True, kw_only=True):
     instrumented: bool = True
     # Files that were copied out of a private copy of the folder.
     kept_files: tuple[KeptFile, ...] = ()
+    # The copy of the kernel from before the cell that failed; the caller closes it.
+    sleeping: SleepingKernel | None = None
+    # Why there is none, if one was asked for.
+    no_copy: str = ""

@@ -32,9 +32,11 @@ from safe_exec.model.ending import (
     Died,
     Ending,
     InternalError,
+    LimitHit,
     Passed,
     StartFailed,
     TerminationReason,
+    TimedOut,
 )
 from safe_exec.trial import own_process
 from safe_exec.trial.cell_loop import CellLoop, Stop
@@ -47,6 +49,8 @@ from safe_exec.trial.state import TrialState
 
 if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
+    from safe_exec.kernel.launch import LaunchedKernel
+    from safe_exec.kernel.snapshots import SleepingKernel
 
 # A kernel that dies of SIGTERM may die of the same shutdown that is about to reach us: wait this
 # long for our own.
@@ -63,6 +67,7 @@ class Trial:
         self._cleanup, self._is_closed = CleanupResult(), False
         self._sampler = Sampler(self.state)
         self._starting: asyncio.Task[Ending | None] | None = None
+        self._launched: LaunchedKernel | None = None
 
     @property
     def session(self) -> KernelSession:
@@ -182,6 +187,7 @@ class Trial:
         evidence, location = collect_evidence(self.state, ending)
         for message in self.state.warnings:
             self.state.sink(events.Warned(time=self.state.now(), message=message))
+        sleeping = self._sleeping(ending)
         self._remove_sandbox()
         return TrialResult(
             ending=ending,
@@ -193,6 +199,34 @@ class Trial:
             warnings=tuple(self.state.warnings),
             instrumented=self.session.instrumented,
             kept_files=self.session.sandbox.discarded.kept_files,
+            sleeping=sleeping,
+            no_copy=self.state.request.snapshots.trouble if self.state.request.snapshots else "",
+        )
+
+    def _sleeping(self, ending: Ending) -> SleepingKernel | None:
+        """Return the copy of the kernel from before the cell that failed, with the sandbox."""
+        snapshots, launched = self.state.request.snapshots, self._launched
+        if snapshots is None or launched is None or self.state.signals:
+            return None
+        cell = getattr(ending, "cell", None)
+        is_failure = isinstance(ending, Died | CellFailed | TimedOut | LimitHit)
+        snapshot = snapshots.hand_over()
+        if snapshot is None:
+            return None
+        index = self.session.client.cells_by_request.get(snapshot.request_id)
+        if not is_failure or cell is None or index is None or index > cell:
+            snapshot.channel.close()
+            return None
+        from safe_exec.kernel.snapshots import SleepingKernel
+
+        self.session.close(keep_sandbox=True)
+        return SleepingKernel(
+            self.session.sandbox,
+            snapshot,
+            cell=index,
+            records=self.state.metrics.records,
+            facts=self.session.agent_facts,
+            launched=launched,
         )
 
     def _finish_without_kernel(self, ending: Ending) -> TrialResult:
@@ -378,16 +412,17 @@ class Trial:
         )
         start_time = time.monotonic()
         try:
-            early, session_request = request.early, self.session_request()
+            early, session_request = request.continues or request.early, self.session_request()
             self.state.sandbox = (
                 early.sandbox_for(request.plan) if early else open_sandbox(session_request)
             )
+            self._launched = early.outcome() if early else None
             self.state.opened = await open_session(
-                session_request,
-                self.state.sandbox,
-                self._make_client,
-                early.outcome() if early else None,
+                session_request, self.state.sandbox, self._make_client, self._launched
             )
+            self._launched = self.state.opened.launched
+            if request.continues is not None:
+                self.session.agent_facts.follow(request.continues.facts, request.continues.cell)
             self.state.sink(events.KernelStarted(time=self.state.now(), pid=self.session.pid))
             info = await self._connect()
         except KernelStartError as error:

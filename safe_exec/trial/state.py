@@ -35,6 +35,8 @@ class TrialState:
         self.sink = request.sink
         self.signals = request.cancellation.signals
         self.metrics = MetricsRecorder.for_notebook(request.node, request.started)
+        if request.continues is not None:
+            self.metrics.records.update(request.continues.records)
         # The sandbox comes first; the session when the kernel's process runs in it.
         self.sandbox: Sandbox | None = None
         self.opened: KernelSession | None = None
@@ -76,6 +78,7 @@ class TrialState:
             allocations=request.allocations,
             coverage=request.coverage,
             forks=request.forks,
+            snapshots=request.snapshots,
             answers=None if request.stdin_lines is None else InputAnswers(request.stdin_lines),
             # A search only asks whether the kernel dies.
             reads_native=not request.hasty,

@@ -1,13 +1,19 @@
 """Continue after a failure, to find all failures of a notebook in one run (``--keep-going``).
 
-Each continuation runs the cells again in a fresh kernel and a fresh sandbox, with the folder as it
-was before the first run, but without the cells that failed and without those that need their names.
-It is a trial like those of the culprit search, so a failure has the same evidence, and its culprits
-can be searched for. The first failure stays the result of the run.
+The kernel leaves a sleeping copy of itself before each cell (``kernel/snapshots.py``). After a
+failure the copy from before the failed cell becomes the kernel and runs the cells below it, without
+those that need names of the failed one. The keeper reads its wait status, and it has a session of
+its own like any kernel, so a failure has the same evidence.
+
+If there is no copy, or the failed cell has changed files, the cells run again in a fresh kernel and
+a fresh sandbox, with the folder as it was before the first run, but without the failed cells. That
+is a trial like those of the culprit search. Either way the search confirms each failure from
+scratch, and the first failure stays the result of the run.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +31,10 @@ from safe_exec.model.verdict import (
     Verdict,
 )
 from safe_exec.workflows.prepare import Bisect, PreparedJob
+from safe_exec.workflows.snapshots import leaves_snapshots, snapshots_of
 
 if TYPE_CHECKING:
+    from safe_exec.experiments.workspace import WorkspaceFactory
     from safe_exec.trial.request import TrialRequest, TrialResult
     from safe_exec.workflows.bisect import FolderSnapshot
 
@@ -139,8 +147,7 @@ def _sum(a: Usage, b: Usage) -> Usage:
 async def keep_going(
     prepared: PreparedJob,
     verdict: Verdict,
-    request: TrialRequest,
-    folder: FolderSnapshot,
+    trials: ContinuedTrials,
     verdict_of: VerdictOf,
 ) -> tuple[Verdict, list[Verdict]]:
     """Run the cells below each failure, until none is left that can run.
@@ -152,12 +159,15 @@ async def keep_going(
     from safe_exec.experiments.workspace import WorkspaceUnavailable
 
     progress, warnings = Continuation.of_first_run(verdict), list[str]()
-    if not progress.can_continue():
-        return verdict, []
     try:
-        warnings += await _continue(prepared, progress, request, folder, verdict_of)
+        if not progress.can_continue():
+            return verdict, []
+        await _continue(prepared, progress, trials, verdict_of)
+        warnings += trials.warnings()
     except (WorkspaceUnavailable, RerunFailed, OSError) as trouble:
         warnings.append(f"the run did not continue after a failure: {trouble}")
+    finally:
+        trials.close()
     cells = tuple(progress.records[index] for index in sorted(progress.records))
     return (
         replace(
@@ -172,41 +182,116 @@ async def keep_going(
 
 
 async def _continue(
-    prepared: PreparedJob,
-    progress: Continuation,
-    request: TrialRequest,
-    folder: FolderSnapshot,
-    verdict_of: VerdictOf,
-) -> list[str]:
-    """Run trials until no cell is left that can run; return warnings."""
-    from safe_exec.experiments.rerun import isolated_request
-    from safe_exec.experiments.workspace import WorkspaceUnavailable, workspace_factory
-    from safe_exec.trial.run import run_trial
-    from safe_exec.workflows.bisect import documents_of
-
-    if folder.snapshot is None:
-        raise WorkspaceUnavailable(folder.trouble or "the folder was not copied")
-    workspaces = workspace_factory(folder.snapshot, ours=documents_of(prepared), insist=True)
-    node = request.node
+    prepared: PreparedJob, progress: Continuation, trials: ContinuedTrials, verdict_of: VerdictOf
+) -> None:
+    """Run trials until no cell is left that can run."""
+    request = trials.request
     while progress.can_continue() and not request.cancellation.signals:
         progress.skip_dependents(prepared.fresh_node(), prepared.skipped)
-        if not progress.cells_left():
+        left = progress.cells_left()
+        if not left:
             break
-        omitted = progress.failed() | progress.reasons.keys()
         offset = progress.usage.wall_seconds or 0.0
-        trial = replace(
-            isolated_request(request, workspaces, node=prepared.fresh_node()),
-            cells=frozenset(progress.records) - omitted,
-            sink=_with_offset(request.sink, progress.cells_left(), offset),
+        omitted = progress.failed() | progress.reasons.keys()
+        trial, result = await trials.run(
+            frozenset(progress.records) - omitted, _with_offset(request.sink, left, offset)
         )
-        result = await run_trial(trial)
-        added = progress.add(verdict_of(trial, result), offset)
-        for index in added:
-            node.cells[index] = result.node.cells[index]
-    return [
-        f"the cells behind a failure could see {gap}, which a run from the start would not have"
-        for gap in workspaces.gaps
-    ]
+        for index in progress.add(verdict_of(trial, result), offset):
+            request.node.cells[index] = result.node.cells[index]
+
+
+class ContinuedTrials:
+    """Runs the cells below each failure: in a copy of the kernel, or again from the start."""
+
+    def __init__(
+        self,
+        prepared: PreparedJob,
+        request: TrialRequest,
+        folder: FolderSnapshot,
+        first: TrialResult,
+    ) -> None:
+        self.request = request
+        self._prepared, self._folder = prepared, folder
+        self._workspaces: WorkspaceFactory | None = None
+        # The trial that failed last, and its request.
+        self._last, self._last_request = first, request
+        self._troubles: dict[str, None] = {}
+
+    async def run(
+        self, cells: frozenset[int], sink: events.EventSink
+    ) -> tuple[TrialRequest, TrialResult]:
+        """Run these cells; return the trial's request and result.
+
+        Raises WorkspaceUnavailable, RerunFailed and OSError.
+        """
+        from safe_exec.trial.run import run_trial
+
+        trial = await self._continued(cells) or self._restarted(cells)
+        trial = replace(trial, sink=sink)
+        self._last, self._last_request = await run_trial(trial), trial
+        return trial, self._last
+
+    async def _continued(self, cells: frozenset[int]) -> TrialRequest | None:
+        """Return the request for a copy of the kernel, ``None`` if there is none to wake."""
+        sleeping = self._last.sleeping
+        if sleeping is None:
+            if self._last.no_copy:
+                self._troubles[self._last.no_copy] = None
+            return None
+        if not await sleeping.wake():
+            self._troubles[sleeping.trouble] = None
+            sleeping.close()
+            return None
+        return replace(
+            self._last_request,
+            node=self._prepared.fresh_node(),
+            cells=frozenset(index for index in cells if index >= sleeping.cell),
+            continues=sleeping,
+            early=None,
+            before_cells=None,
+            started=time.monotonic(),
+            snapshots=snapshots_of(self._prepared, self._last_request.cwd),
+        )
+
+    def _restarted(self, cells: frozenset[int]) -> TrialRequest:
+        """Return the request for a fresh kernel in a sandbox and a folder of its own."""
+        from safe_exec.experiments.rerun import isolated_request
+        from safe_exec.experiments.workspace import WorkspaceUnavailable, workspace_factory
+        from safe_exec.workflows.bisect import documents_of
+
+        if self._workspaces is None:
+            if self._folder.snapshot is None:
+                raise WorkspaceUnavailable(self._folder.trouble or "the folder was not copied")
+            self._workspaces = workspace_factory(
+                self._folder.snapshot, ours=documents_of(self._prepared), insist=True
+            )
+        trial = isolated_request(self.request, self._workspaces, node=self._prepared.fresh_node())
+        if leaves_snapshots(
+            self._prepared.job, trial.plan, trial.limits, self._prepared.kernel_name
+        ):
+            trial = replace(trial, snapshots=snapshots_of(self._prepared, trial.cwd))
+        return replace(trial, cells=cells)
+
+    def warnings(self) -> list[str]:
+        """Return warnings about what a run from the start could see, and why there was one."""
+        if self._workspaces is None:
+            return []
+        warnings = [
+            f"the cells behind a failure could see {gap}, which a run from the start would not have"
+            for gap in self._workspaces.gaps
+        ]
+        if self._troubles:
+            reasons = "; ".join(self._troubles)
+            warnings.append(
+                "after a failure the cells before it ran again, and files that the cells behind it "
+                f"wrote were discarded: {reasons}"
+            )
+        return warnings
+
+    def close(self) -> None:
+        """Remove the sandbox of the last trial, if a copy of its kernel is still there."""
+        if self._last.sleeping is not None:
+            self._last.sleeping.close()
 
 
 def _with_offset(

@@ -37,6 +37,7 @@ from safe_exec.sandbox.mechanisms.bubblewrap import is_needed
 from safe_exec.sandbox.mechanisms.isolation import plan_isolation
 from safe_exec.sandbox.plan import SpawnPlan, require
 from safe_exec.sandbox.planner import Required, build_plan, parse_mechanisms, parse_required
+from safe_exec.workflows.snapshots import leaves_snapshots
 
 if TYPE_CHECKING:
     from safe_exec.kernel.coverage_file import CoverageFile
@@ -574,6 +575,7 @@ def _start_kernel(
             env=dict(job.env if job.env is not None else os.environ),
             strict_shell=job.inputs.strict_shell,
             coverage=coverage,
+            snapshots=leaves_snapshots(job, plan, limits.values, kernel_name),
         )
 
 

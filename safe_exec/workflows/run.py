@@ -115,6 +115,9 @@ async def run_job(
         write_partial = partial(write, prepared, node=first.result.node, documents=documents)
         if worth_a_search(verdict):
             verdict, failures = await _continue(prepared, first, verdict, folder, documents.mask)
+            if failures:
+                # Cells that ran below a failure may have written more.
+                verdict = _with_files(verdict, prepared, first.result.kept_files)
             verdict = await _search(prepared, first, verdict, folder, write_partial)
             verdict = await _search_each(
                 prepared,
@@ -124,6 +127,8 @@ async def run_job(
                 folder=folder,
                 write_partial=write_partial,
             )
+        elif first.result.sleeping is not None:
+            first.result.sleeping.close()
         if prepared.job.repeat > 1:
             from safe_exec.workflows.repeat import FinishedRun, repeated
 
@@ -157,6 +162,8 @@ async def run_undocumented(
         sweep()
         emit(run_started(prepared))
         first = await _first_run(prepared, emit, cancellation, folder, on_message)
+        if first.result.sleeping is not None:
+            first.result.sleeping.close()
         verdict = mask.everywhere(_verdict_of(prepared, first, mask))
         emit(_run_finished(prepared, verdict))
     return verdict, first.result.node
@@ -244,12 +251,26 @@ async def _first_run(
     # The trials of a search run the same lines again, so only this run is measured.
     coverage_file = None if prepared.coverage is None else prepared.coverage.file
     first_request = replace(request, before_cells=folder.done, early=kernel, coverage=coverage_file)
+    if _leaves_snapshots(prepared, plan):
+        from safe_exec.workflows.snapshots import snapshots_of
+
+        first_request = replace(first_request, snapshots=snapshots_of(prepared, request.cwd))
     if on_message is not None:
         # Not in the request that is returned: nobody follows the trials of a search.
         first_request = replace(first_request, on_message=on_message)
     result = await run_trial(first_request)
     await warming
     return FirstRun(request=request, result=result, plan=plan)
+
+
+def _leaves_snapshots(prepared: PreparedJob, plan: SpawnPlan) -> bool:
+    """Whether the first run's kernel leaves copies of itself."""
+    from safe_exec.workflows.snapshots import leaves_snapshots
+
+    kernel = prepared.kernel
+    if kernel is not None and kernel.is_launched:
+        return kernel.snapshots
+    return leaves_snapshots(prepared.job, plan, prepared.limits.values, prepared.kernel_name)
 
 
 def _without_trial(prepared: PreparedJob, ending: InternalError) -> TrialResult:
@@ -441,13 +462,14 @@ async def _continue(
     """Run the cells after each failure, if that was requested; return all failures' verdicts."""
     if not prepared.job.keep_going:
         return verdict, []
-    from safe_exec.workflows.keep_going import keep_going
+    from safe_exec.workflows.keep_going import ContinuedTrials, keep_going
 
     def verdict_of(request: TrialRequest, result: TrialResult) -> Verdict:
         trial = FirstRun(request=request, result=result, plan=request.plan)
         return _verdict_of(prepared, trial, mask)
 
-    return await keep_going(prepared, verdict, first.request, folder, verdict_of)
+    trials = ContinuedTrials(prepared, first.request, folder, first.result)
+    return await keep_going(prepared, verdict, trials, verdict_of)
 
 
 async def _search_each(

@@ -9,14 +9,17 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from safe_exec.model.evidence import ProcessCount
 from safe_exec.sandbox.mechanisms import rlimits
 from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.usage.process_tree import ProcessTree, TreeUse
 
+_Number = TypeVar("_Number", int, float)
 PAGE = os.sysconf("SC_PAGE_SIZE")
 # Linux gives these files out whole; the longest, memory.stat, has some 2 KiB.
 MOST_BYTES = 16384
@@ -48,6 +51,25 @@ class Counters(Struct, frozen=True, kw_only=True):
     memory_peak_raw: int | None = None
     tasks_peak: int | None = None
     cpu_seconds: float | None = None
+
+    def since(self, earlier: Counters) -> Counters:
+        """Return what was counted after ``earlier``.
+
+        A peak is unknown if it may be an earlier one.
+        """
+        kills = _minus(self.oom_kills, earlier.oom_kills)
+        # A kill for memory says that the limit was reached again.
+        has_peak = bool(kills) or _is_higher(self.memory_peak_raw, earlier.memory_peak_raw)
+        has_tasks = _is_higher(self.tasks_peak, earlier.tasks_peak)
+        return replace(
+            self,
+            oom_kills=kills,
+            memory_peak_raw=self.memory_peak_raw if has_peak else None,
+            tasks_peak=self.tasks_peak if has_tasks else None,
+            limit_hits=_minus(self.limit_hits, earlier.limit_hits),
+            fork_refusals=_minus(self.fork_refusals, earlier.fork_refusals),
+            cpu_seconds=_minus(self.cpu_seconds, earlier.cpu_seconds),
+        )
 
 
 class Bound(Struct, frozen=True, kw_only=True):
@@ -116,8 +138,14 @@ class Meter:
         kernel_pid: int | None = None,
         tree: ProcessTree | None = None,
         on_use: Callable[[TreeUse], None] | None = None,
+        *,
+        before: Counters | None = None,
     ) -> None:
-        """Open the counter files; ``on_use`` is called with each reading of the processes."""
+        """Open the counter files; ``on_use`` is called with each reading of the processes.
+
+        ``before`` are the counters of an earlier kernel in the same groups, which do not count.
+        """
+        self._before = before or Counters()
         self._plan = plan
         self._on_use = on_use
         files = {Path(path).name: Path(path) for path in plan.cgroup.counter_files}
@@ -136,6 +164,11 @@ class Meter:
             self._tree = tree or ProcessTree(
                 keeper_pid, kernel_pid, counts_shared=not has_memory_group(plan)
             )
+
+    def leave_out(self, pid: int | None) -> None:
+        """Do not count a sleeping copy of the kernel where processes are counted one by one."""
+        if self._tree is not None:
+            self._tree.left_out = pid
 
     def _keep(self, path: Path | None) -> CounterFile | None:
         if path is None:
@@ -196,11 +229,12 @@ class Meter:
 
     def _read_cpu(self) -> float | None:
         assert self._cpu is not None
-        return _cpu_seconds(self._cpu.read())
+        return _minus(_cpu_seconds(self._cpu.read()), self._before.cpu_seconds)
 
     def oom_kills(self) -> int | None:
         """Read only the number of OOM kills, from one small file."""
-        return _entry((self._kills.read() if self._kills else None) or b"", b"oom_kill")
+        kills = _entry((self._kills.read() if self._kills else None) or b"", b"oom_kill")
+        return _minus(kills, self._before.oom_kills)
 
     def bound_hit(self) -> Bound | None:
         """Return the nearest ancestor's limit that was hit since this meter was made."""
@@ -255,7 +289,8 @@ class Meter:
 
     def counters(self) -> Counters:
         """Read the counters of the cgroups."""
-        return parse_counters({str(path): _text(path) for path in self._files.values()})
+        texts = {str(path): _text(path) for path in self._files.values()}
+        return parse_counters(texts).since(self._before)
 
 
 def parse_counters(texts: Mapping[str, str | None]) -> Counters:
@@ -271,6 +306,16 @@ def parse_counters(texts: Mapping[str, str | None]) -> Counters:
         tasks_peak=_parse_number(by_name.get("pids.peak")),
         cpu_seconds=_cpu_seconds(by_name.get("cpuacct.usage") or by_name.get("cpu.stat")),
     )
+
+
+def _minus(value: _Number | None, earlier: _Number | None) -> _Number | None:
+    if value is None or earlier is None:
+        return value
+    return value - earlier if value > earlier else value - value
+
+
+def _is_higher(value: int | None, earlier: int | None) -> bool:
+    return value is not None and (earlier is None or value > earlier)
 
 
 def _entry(text: bytes, key: bytes) -> int | None:

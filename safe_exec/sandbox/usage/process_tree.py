@@ -86,6 +86,8 @@ class ProcessTree:
         self._counts_shared = counts_shared
         self._lock = threading.RLock()
         self._kernel = kernel
+        # A sleeping copy of the kernel: ours, and not of the notebook.
+        self.left_out: int | None = None
         self._roots = self._supervisors(keeper, kernel)
         self._members: dict[int, Member] = {}
         self._others: dict[int, None] = {}
@@ -209,6 +211,7 @@ class ProcessTree:
         """Read the members again, and find new ones among the new processes."""
         pids = set(self._files.pids())
         self._others = {pid: None for pid in self._others if pid in pids}
+        pids.discard(self.left_out or 0)
         members: dict[int, Member] = {}
         for pid, older_member in self._members.items():
             member = self._files.measure(pid) if pid in pids else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -48,3 +49,27 @@ def test_a_signal_reaches_the_group_of_its_leader_only(leads: bool) -> None:
 def lives(pid: int) -> bool:
     stat = procfs.stat(pid)
     return stat is not None and stat.state not in "ZX"
+
+
+def test_the_spared_child_outlives_the_others() -> None:
+    start = "[subprocess.Popen(['sleep', '60']) for _ in range(3)]"
+    code = f"import subprocess\nchildren = {start}\nprint(*(c.pid for c in children), flush=True)"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{code}\n{WAITING}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as parent:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        spared = pids[1]
+        left = procfs.kill_descendants(
+            parent.pid, deadline=time.monotonic() + 20, reap=lambda: True, spared=spared
+        )
+        states = {pid: procfs.stat(pid) for pid in pids}
+        assert left == []
+        assert [(s is not None and s.state not in "ZX") for s in states.values()] == [
+            *(False, True, False)
+        ]
+        procfs.signal_one(spared, signal.SIGKILL)
+        parent.kill()

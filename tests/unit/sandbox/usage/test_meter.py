@@ -32,6 +32,21 @@ ALL = Counters(
 NONE = Counters()
 
 
+def test_counters_of_a_kernel_in_the_groups_of_an_earlier_one() -> None:
+    earlier = Counters(
+        oom_kills=1, fork_refusals=1, memory_peak_raw=100, tasks_peak=17, cpu_seconds=2.0
+    )
+    assert ALL.since(earlier) == Counters(
+        oom_kills=1, fork_refusals=2, memory_peak_raw=104857600, cpu_seconds=0.5
+    )
+    assert ALL.since(NONE) == ALL
+    # Nothing tells whether the kernel reached that peak too.
+    assert ALL.since(ALL) == Counters(oom_kills=0, fork_refusals=0, cpu_seconds=0.0)
+    # A kill for memory tells that it reached the limit again.
+    again = Counters(oom_kills=3, memory_peak_raw=104857600)
+    assert again.since(ALL).memory_peak_raw == 104857600
+
+
 @pytest.mark.parametrize(
     ("texts", "counters"),
     [
