@@ -21,6 +21,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from safe_exec.model import events
+from safe_exec.model.ending import StartFailed
 from safe_exec.model.verdict import (
     CauseKind,
     CellRecord,
@@ -226,8 +227,14 @@ class ContinuedTrials:
         """
         from safe_exec.trial.run import run_trial
 
-        trial = await self._continued(cells) or self._restarted(cells)
-        trial = replace(trial, sink=sink)
+        trial = await self._continued(cells)
+        if trial is not None:
+            trial = replace(trial, sink=sink)
+            self._last, self._last_request = await run_trial(trial), trial
+            if not isinstance(self._last.ending, StartFailed):
+                return trial, self._last
+            self._troubles[self._last.ending.reason] = None
+        trial = replace(self._restarted(cells), sink=sink)
         self._last, self._last_request = await run_trial(trial), trial
         return trial, self._last
 
