@@ -67,7 +67,7 @@ class Diagnosis:
 
 
 def session_note(path: Path | None) -> list[str]:
-    """Return the note on how to search the recorded session for culprits, if there is one."""
+    """Return a note on how to search the recorded session; empty if nothing was recorded."""
     return (
         [] if path is None else [f"the session so far is recorded: safe-exec bisect {quoted(path)}"]
     )

@@ -114,7 +114,7 @@ class Bubblewrap:
     def await_kernel(self) -> int:
         """Wait for the kernel's process, which then waits for ``release``; return its pid outside.
 
-        Raises SetupFailed if bubblewrap ends before.
+        Raises SetupFailed if bubblewrap ends before that.
         """
         deadline = time.monotonic() + START_SECONDS
         while not self.kernel_pid:

@@ -62,7 +62,7 @@ def members(kernel: int, keeper: int) -> list[int]:
 
 
 def snapshot(kernel: int, keeper: int) -> Snapshot:
-    """Read the processor time and blocking calls of all members."""
+    """Read the processor time and blocking calls of a sandbox's members (see ``members``)."""
     cpu, calls = {}, {}
     for pid in members(kernel, keeper):
         if (status := procfs.stat(pid)) is not None:
@@ -78,9 +78,10 @@ def inspect(
     window: float,
     children: Mapping[int, EndedChild],
 ) -> tuple[ObservedProcess, ...]:
-    """Observe the members of a sandbox, compared with a snapshot ``window`` seconds ago.
+    """Observe the members of a sandbox (see ``members``), compared with an earlier snapshot.
 
-    ``children`` are the children that were seen earlier.
+    The snapshot was taken ``window`` seconds ago. ``children`` are the children that were seen
+    earlier.
     """
     current = snapshot(kernel, keeper)
     below = set(procfs.descendants(kernel))

@@ -63,7 +63,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _advice(discarded: Discarded, facts: IsolationFacts | None, *, writable_helps: bool) -> str:
-    """Return how to keep such files under this run's isolation."""
+    """Return how to keep the lost files under this run's isolation."""
     ways: list[str] = []
     if any(group.place == "." for group in discarded.groups):
         ways.append("name them with --keep-files PATTERN")

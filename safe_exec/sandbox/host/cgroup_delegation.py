@@ -303,7 +303,7 @@ def _scope(directory: Path, manager: Path, runtime: Path | None) -> Scope | str:
 
 
 def _refused(scope: Scope) -> str:
-    """Return why systemd makes no such scope, "" if it does."""
+    """Return why systemd does not make this scope, "" if it does."""
     # Success of systemd-run is not enough: the scope must be where we will look for it.
     name = f"safe-exec-probe-{os.getpid()}"
     argv = [
