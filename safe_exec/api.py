@@ -20,8 +20,8 @@ from safe_exec.model.verdict import Verdict
 from safe_exec.notebook import kernel_choice, output_form
 from safe_exec.notebook.inputs import CellSelection, NotebookInputs, exit_meaning, read_stdin
 from safe_exec.notebook.output_form import OutputForm
+from safe_exec.workflows.job import Bisect, Job
 from safe_exec.workflows.library_coverage import CoverageRequest
-from safe_exec.workflows.prepare import Bisect, Job
 from safe_exec.workflows.retry import retry_policy, run_with_retries
 from safe_exec.workflows.run import OutputListener
 

@@ -28,7 +28,7 @@ from safe_exec.cache import key_of
 from safe_exec.errors import NotebookError
 from safe_exec.files import one_line
 from safe_exec.notebook.notebook import METADATA_KEY
-from safe_exec.workflows.prepare import PreparedJob
+from safe_exec.workflows.job import PreparedJob
 
 ASK_SECONDS = 30
 # Inputs may be larger than the memory, so they are hashed in pieces.

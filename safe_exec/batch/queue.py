@@ -28,7 +28,8 @@ from safe_exec.files import OutputRoot
 from safe_exec.model.events import EventSink
 from safe_exec.reports.batch.results import NOT_RUN, UNCHANGED, NotebookResult
 from safe_exec.reports.follow import OutputFollower
-from safe_exec.workflows.prepare import Job, PreparedJob, prepare
+from safe_exec.workflows.job import Job, PreparedJob
+from safe_exec.workflows.prepare import prepare
 from safe_exec.workflows.retry import RetryPolicy
 
 QueuedT = TypeVar("QueuedT")

@@ -30,8 +30,8 @@ from safe_exec.model.limits import FolderUse
 from safe_exec.model.verdict import Status
 from safe_exec.reports.batch.results import NOT_RUN, BatchResult, NotebookResult
 from safe_exec.sandbox.keeper_process import ForkServer
-from safe_exec.workflows.prepare import PreparedJob
-from safe_exec.workflows.run import signals
+from safe_exec.workflows.job import PreparedJob
+from safe_exec.workflows.signals import signals
 
 log = logging.getLogger("safe_exec")
 

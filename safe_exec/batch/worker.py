@@ -34,7 +34,8 @@ from safe_exec.reports.batch.results import REFUSED
 from safe_exec.reports.follow import OutputFollower
 from safe_exec.reports.text.common import headline
 from safe_exec.trial.request import Cancellation
-from safe_exec.workflows.prepare import Job, PreparedJob, prepare, start_clock
+from safe_exec.workflows.job import Job, PreparedJob
+from safe_exec.workflows.prepare import prepare, start_clock
 from safe_exec.workflows.retry import RetryPolicy, after_attempt, is_last_attempt
 from safe_exec.workflows.run import run_job
 

@@ -28,7 +28,8 @@ from safe_exec.reports.batch.progress import BatchProgress
 from safe_exec.sandbox.host.capabilities import detect, probe_isolation
 from safe_exec.sandbox.host.resources import cpus_available, memory_available
 from safe_exec.sandbox.planner import parse_mechanisms
-from safe_exec.workflows.prepare import Job, command_line
+from safe_exec.workflows.job import Job
+from safe_exec.workflows.prepare import command_line
 
 if TYPE_CHECKING:
     from safe_exec.batch.scheduler import SchedulerFactory

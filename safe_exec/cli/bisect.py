@@ -14,7 +14,8 @@ from safe_exec.model.verdict import CauseKind, Status, Verdict
 from safe_exec.notebook import notebook
 from safe_exec.reports import progress, terminal, verdict_json
 from safe_exec.workflows.earlier_run import prepare_again, read_verdict
-from safe_exec.workflows.prepare import Bisect, Job, command_line, prepare
+from safe_exec.workflows.job import Bisect, Job
+from safe_exec.workflows.prepare import command_line, prepare
 from safe_exec.workflows.run import bisect_job, run_job
 
 NOT_FOUND = 1

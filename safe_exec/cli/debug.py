@@ -19,7 +19,8 @@ from safe_exec.notebook import notebook
 from safe_exec.reports import progress, terminal
 from safe_exec.reports.text import common
 from safe_exec.workflows.earlier_run import prepare_again, read_verdict
-from safe_exec.workflows.prepare import Bisect, Job, PreparedJob, command_line, prepare
+from safe_exec.workflows.job import Bisect, Job, PreparedJob
+from safe_exec.workflows.prepare import command_line, prepare
 
 if TYPE_CHECKING:
     from safe_exec.interactive.debug import DebugTarget

@@ -33,7 +33,8 @@ from safe_exec.model.limits import LimitName
 from safe_exec.reports.masking import mask_for
 from safe_exec.reports.terminal import Style
 from safe_exec.units import UnitError, parse_percent
-from safe_exec.workflows.prepare import Bisect, Job, PreparedJob, prepare
+from safe_exec.workflows.job import Bisect, Job, PreparedJob
+from safe_exec.workflows.prepare import prepare
 from safe_exec.workflows.probe import ProbeReport, probe
 
 NOT_FOUND, CANCELLED = 1, 130

@@ -16,7 +16,8 @@ from safe_exec.cli.options.outputs import follow_option
 from safe_exec.cli.options.retries import retry_of
 from safe_exec.kernel.prestart import PrestartedKernel
 from safe_exec.model.verdict import Verdict
-from safe_exec.workflows.prepare import PreparedJob, prepare, refuse_same
+from safe_exec.workflows.job import PreparedJob
+from safe_exec.workflows.prepare import prepare, refuse_same
 
 if TYPE_CHECKING:
     from safe_exec.model.events import EventSink

@@ -64,7 +64,8 @@ class ExecutionManager(DefaultExecutionManager):  # type: ignore[misc]
     def _run_once(self, options: JobOptions, *, is_last: bool) -> tuple[Verdict, Any]:
         """Run the notebook once; return the verdict and the annotated notebook."""
         from safe_exec.notebook import notebook
-        from safe_exec.workflows.prepare import Bisect, Job, prepare
+        from safe_exec.workflows.job import Bisect, Job
+        from safe_exec.workflows.prepare import prepare
         from safe_exec.workflows.run import run_job
 
         path = Path(self.staging_paths["input"])

@@ -20,7 +20,7 @@ from papermill.log import logger
 if TYPE_CHECKING:
     from safe_exec.model.events import Event
     from safe_exec.model.verdict import Verdict
-    from safe_exec.workflows.prepare import PreparedJob
+    from safe_exec.workflows.job import PreparedJob
 
 # Names the profile or limits file: papermill's command line passes no options to engines.
 PROFILE_VARIABLE = "SAFE_EXEC_LIMITS"
@@ -97,7 +97,8 @@ def _prepared(
     from safe_exec.limits import isolation
     from safe_exec.notebook import notebook
     from safe_exec.notebook.inputs import NotebookInputs, exit_meaning
-    from safe_exec.workflows.prepare import Bisect, Job, prepare
+    from safe_exec.workflows.job import Bisect, Job
+    from safe_exec.workflows.prepare import prepare
 
     path = (
         Path(input_path)

@@ -597,7 +597,7 @@ class NotebookItem(pytest.Item):
 
         from safe_exec.notebook.kernel_choice import KernelFallback
         from safe_exec.reports.follow import OutputFollower
-        from safe_exec.workflows.prepare import Bisect, Job
+        from safe_exec.workflows.job import Bisect, Job
         from safe_exec.workflows.retry import run_with_retries
 
         settings, stem = self._settings, self._stem()

@@ -37,8 +37,9 @@ from safe_exec.reports.masking import mask_for
 from safe_exec.sandbox.plan import require
 from safe_exec.trial.cell_loop import CellLoop, Stop
 from safe_exec.trial.request import TrialRequest, TrialResult
-from safe_exec.workflows.prepare import PreparedJob
-from safe_exec.workflows.run import run_info, run_started
+from safe_exec.workflows.job import PreparedJob
+from safe_exec.workflows.run import run_info
+from safe_exec.workflows.run_events import run_started
 from safe_exec.workflows.scratch import open_scratch
 
 if TYPE_CHECKING:

@@ -32,7 +32,8 @@ from safe_exec.sandbox import keeper_process
 from safe_exec.sandbox.plan import SpawnPlan, require
 from safe_exec.sandbox.stale_runs import sweep
 from safe_exec.trial.request import Cancellation, TrialResult
-from safe_exec.workflows.prepare import Bisect, Job, PreparedJob, prepare
+from safe_exec.workflows.job import Bisect, Job, PreparedJob
+from safe_exec.workflows.prepare import prepare
 from safe_exec.workflows.run import request_for, run_info
 
 log = logging.getLogger("safe_exec")

@@ -18,7 +18,8 @@ from safe_exec.notebook.inputs import CellSelection, NotebookInputs
 from safe_exec.notebook.literals import Value
 from safe_exec.trial.request import Cancellation
 from safe_exec.workflows.earlier_run import prepare_again, read_verdict
-from safe_exec.workflows.prepare import Bisect, Job, command_line, prepare
+from safe_exec.workflows.job import Bisect, Job
+from safe_exec.workflows.prepare import command_line, prepare
 from safe_exec.workflows.run import bisect_job, run_job
 
 

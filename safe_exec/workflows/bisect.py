@@ -19,7 +19,7 @@ from safe_exec.files import OutputDirectory
 from safe_exec.model.verdict import Cause, Verdict
 from safe_exec.notebook import notebook
 from safe_exec.sandbox.keeper_process import ForkServer
-from safe_exec.workflows.prepare import Bisect, PreparedJob
+from safe_exec.workflows.job import Bisect, PreparedJob
 
 if TYPE_CHECKING:
     from safe_exec.experiments.culprits.finder import InvestigationResult

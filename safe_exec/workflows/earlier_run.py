@@ -9,14 +9,8 @@ from safe_exec.errors import UsageError
 from safe_exec.files import read_regular
 from safe_exec.model.verdict import Verdict
 from safe_exec.reports import verdict_json
-from safe_exec.workflows.prepare import (
-    Bisect,
-    Job,
-    PreparedJob,
-    command_line,
-    inputs_of_run,
-    prepare,
-)
+from safe_exec.workflows.job import Bisect, Job, PreparedJob
+from safe_exec.workflows.prepare import command_line, inputs_of_run, prepare
 
 MOST_BYTES = 1 << 30
 

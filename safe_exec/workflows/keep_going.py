@@ -31,7 +31,7 @@ from safe_exec.model.verdict import (
     Usage,
     Verdict,
 )
-from safe_exec.workflows.prepare import Bisect, PreparedJob
+from safe_exec.workflows.job import Bisect, PreparedJob
 from safe_exec.workflows.snapshots import leaves_snapshots, snapshots_of
 
 if TYPE_CHECKING:

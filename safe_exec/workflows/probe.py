@@ -30,7 +30,7 @@ from safe_exec.experiments.threshold.search import (
 from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.model.verdict import Cause, CrashCell
 from safe_exec.sandbox.planner import build_plan
-from safe_exec.workflows.prepare import PreparedJob
+from safe_exec.workflows.job import PreparedJob
 from safe_exec.workflows.scratch import open_scratch
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from safe_exec.notebook.comparison import ComparisonRules, differences
 
 if TYPE_CHECKING:
     from safe_exec.trial.request import Cancellation
-    from safe_exec.workflows.prepare import PreparedJob
+    from safe_exec.workflows.job import PreparedJob
 
 
 class FinishedRun(NamedTuple):

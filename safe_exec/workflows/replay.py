@@ -12,8 +12,10 @@ from safe_exec.experiments.compare import Agreement, compare
 from safe_exec.experiments.culprits.reproduction import is_reproduction
 from safe_exec.model.events import EventSink
 from safe_exec.model.verdict import Culprit, Verdict
-from safe_exec.workflows.prepare import Bisect, Job, PreparedJob, inputs_of_run, prepare
-from safe_exec.workflows.run import run_info, run_started
+from safe_exec.workflows.job import Bisect, Job, PreparedJob
+from safe_exec.workflows.prepare import inputs_of_run, prepare
+from safe_exec.workflows.run import run_info
+from safe_exec.workflows.run_events import run_started
 from safe_exec.workflows.scratch import open_scratch
 
 

@@ -18,7 +18,8 @@ from safe_exec.files import one_line
 from safe_exec.model.events import EventSink
 from safe_exec.model.verdict import Activity, CauseKind, Status, Verdict
 from safe_exec.reports.text.common import headline
-from safe_exec.workflows.prepare import Job, prepare
+from safe_exec.workflows.job import Job
+from safe_exec.workflows.prepare import prepare
 from safe_exec.workflows.run import OutputListener, run_job
 
 # The number of retries if only a pattern is given.

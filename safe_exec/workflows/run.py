@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
-import hashlib
-import logging
 import os
-import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from safe_exec.errors import EnforcementError, OutputPathError, SafeExecError
-from safe_exec.files import OutputDirectory, ReservedSpace, one_line, read_regular
+from safe_exec.errors import EnforcementError, SafeExecError
+from safe_exec.files import ReservedSpace
 from safe_exec.limits import profiles
-from safe_exec.model import events, patterns
 from safe_exec.model.ending import InternalError, OutputsDiffer, Passed
-from safe_exec.model.events import Event, EventSink
+from safe_exec.model.events import EventSink
 from safe_exec.model.evidence import Evidence
-from safe_exec.model.verdict import CellStatus, Status, Verdict
+from safe_exec.model.verdict import CellStatus, Verdict
 from safe_exec.notebook import notebook
 from safe_exec.notebook.inputs import ExitMeaning
-from safe_exec.notebook.output_form import OnFailure, OutputForm, arrange
-from safe_exec.reports.masking import Mask, mask_for
+from safe_exec.reports.masking import Mask
 from safe_exec.sandbox.plan import SpawnPlan, require
 from safe_exec.sandbox.stale_runs import sweep
-from safe_exec.workflows.prepare import Bisect, PreparedJob, largest_output
+from safe_exec.workflows.documents import Documents, mask_of, write
+from safe_exec.workflows.job import Bisect, PreparedJob
+from safe_exec.workflows.prepare import largest_output
+from safe_exec.workflows.read_ahead import read_ahead, warm_up
+from safe_exec.workflows.run_events import fan_out, run_finished, run_started
+from safe_exec.workflows.signals import no_signal_handlers, signals
 
 if TYPE_CHECKING:
     from safe_exec.diagnosis.verdict import RunInfo
@@ -41,21 +38,11 @@ if TYPE_CHECKING:
     from safe_exec.trial.request import Cancellation, TrialRequest, TrialResult
     from safe_exec.workflows.bisect import FolderSnapshot
 
-log = logging.getLogger("safe_exec")
 
 # Called with the index of a cell, the name of a stream, and a text.
 OutputListener = Callable[[int, str, str], None]
 
 HELD_BYTES = 1 << 20
-_NEEDED_LATER = (
-    "safe_exec.diagnosis.verdict",
-    "safe_exec.reports.annotated_notebook",
-    "safe_exec.reports.verdict_json",
-)
-_SENT_SECONDS = 0.001
-"""A delay by which the first cell has certainly been sent."""
-# In a run that lasts longer than this, nobody notices the time to compile the patterns of rules.
-_LONG_SECONDS = 1.0
 SEARCH_WARNING = "no search for the culprits"
 
 
@@ -86,9 +73,9 @@ async def run_job(
     from safe_exec.workflows.bisect import FolderSnapshot
 
     # A batch handles signals once, for all its notebooks.
-    handle_signals = signals if cancellation is None else _no_signal_handlers
+    handle_signals = signals if cancellation is None else no_signal_handlers
     cancellation = cancellation or Cancellation()
-    emit = _fan_out((*prepared.job.sinks, *sinks, _read_ahead()), _mask(prepared))
+    emit = fan_out((*prepared.job.sinks, *sinks, read_ahead()), mask_of(prepared))
     with (
         handle_signals(cancellation.arrive),
         Documents(prepared) as documents,
@@ -135,7 +122,7 @@ async def run_job(
             finished_run = FinishedRun(verdict, first.result.node)
             verdict = await repeated(prepared, finished_run, cancellation)
         verdict = write(prepared, verdict, first.result.node, documents)
-        emit(_run_finished(prepared, verdict))
+        emit(run_finished(prepared, verdict))
     return verdict
 
 
@@ -155,9 +142,9 @@ async def run_undocumented(
     from safe_exec.workflows.bisect import FolderSnapshot
 
     # A caller with a cancellation of its own handles signals.
-    handle_signals = signals if cancellation is None else _no_signal_handlers
-    cancellation, mask = cancellation or Cancellation(), _mask(prepared)
-    emit = _fan_out((*prepared.job.sinks, *sinks), mask)
+    handle_signals = signals if cancellation is None else no_signal_handlers
+    cancellation, mask = cancellation or Cancellation(), mask_of(prepared)
+    emit = fan_out((*prepared.job.sinks, *sinks), mask)
     with handle_signals(cancellation.arrive), FolderSnapshot(prepared) as folder:
         sweep()
         emit(run_started(prepared))
@@ -165,7 +152,7 @@ async def run_undocumented(
         if first.result.sleeping is not None:
             first.result.sleeping.close()
         verdict = mask.everywhere(_verdict_of(prepared, first, mask))
-        emit(_run_finished(prepared, verdict))
+        emit(run_finished(prepared, verdict))
     return verdict, first.result.node
 
 
@@ -185,9 +172,9 @@ async def bisect_job(
 
     plan = prepared.plan()
     require(plan, prepared.limits.required)
-    handle_signals = signals if cancellation is None else _no_signal_handlers
+    handle_signals = signals if cancellation is None else no_signal_handlers
     cancellation = cancellation or Cancellation()
-    emit = _fan_out((*prepared.job.sinks, *sinks), _mask(prepared))
+    emit = fan_out((*prepared.job.sinks, *sinks), mask_of(prepared))
     with (
         handle_signals(cancellation.arrive),
         Documents(prepared) as documents,
@@ -208,7 +195,7 @@ async def bisect_job(
         verdict_with_culprits = write(
             prepared, verdict_with_culprits, _outputs_so_far(prepared), documents
         )
-        emit(_run_finished(prepared, verdict_with_culprits))
+        emit(run_finished(prepared, verdict_with_culprits))
     return verdict_with_culprits
 
 
@@ -247,7 +234,7 @@ async def _first_run(
         return FirstRun(request=request, result=_without_trial(prepared, ending), plan=plan)
     folder.begin()
     # A task beside the trial: the event loop is idle while the kernel starts.
-    warming = asyncio.create_task(_warm_up())
+    warming = asyncio.create_task(warm_up())
     # The trials of a search run the same lines again, so only this run is measured.
     coverage_file = None if prepared.coverage is None else prepared.coverage.file
     first_request = replace(request, before_cells=folder.done, early=kernel, coverage=coverage_file)
@@ -323,17 +310,6 @@ def _texts(
             on_output(index, content["name"], mask(content["text"]))
 
     return on_message
-
-
-async def _warm_up() -> None:
-    """Import the code for the end of the run while the kernel starts."""
-    from nbformat import v4
-
-    from safe_exec.diagnosis import verdict as _verdict  # noqa: F401
-    from safe_exec.reports import annotated_notebook  # noqa: F401
-
-    # Compiles the JSON schema of notebooks, which takes 30 ms.
-    v4.new_output("stream", text="")
 
 
 def _compared(prepared: PreparedJob, first: FirstRun) -> FirstRun:
@@ -499,259 +475,3 @@ async def _search_each(
         )
 
     return await search_each(prepared, verdict, failures, search)
-
-
-class Documents:
-    """The output files of a run, in folders that are open from the start; a context manager.
-
-    ``mask`` hides the secrets in their texts.
-    """
-
-    def __init__(self, prepared: PreparedJob) -> None:
-        # The caller prints the verdict itself, so it is masked here as well.
-        self.mask = _mask(prepared)
-        self.warnings: list[str] = []
-        self._run_id = prepared.run_id
-        # The target of a link: the link stays.
-        self._source_path = prepared.job.path.resolve()
-        self._source_hash = prepared.notebook.sha256
-        self._has_output = prepared.job.output is not None
-        self._replaced_source: Path | None = None
-        self._coverage_data: Path | None = None
-        self._stack = contextlib.ExitStack()
-        self._folders: dict[str, OutputDirectory] = {}
-        for name, path in (
-            ("notebook", prepared.paths.notebook),
-            ("verdict", prepared.paths.verdict),
-        ):
-            # A folder that cannot be opened is reported when its document is written.
-            with contextlib.suppress(OSError):
-                folder = self._folders[name] = OutputDirectory(path, prepared.job.tree)
-                self._stack.callback(folder.close)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def paths(self) -> dict[str, str]:
-        """Return the current path of each document, whether it is written yet or not."""
-        paths = {name: str(folder.path) for name, folder in self._folders.items()}
-        if self._coverage_data is not None:
-            paths["coverage"] = str(self._coverage_data)
-        if self._replaced_source is not None:
-            paths["notebook"] = str(self._replaced_source)
-        return paths
-
-    def replace_source(self, data: notebook.Encoded) -> None:
-        """Write the executed notebook over the notebook itself.
-
-        If that is impossible, a warning says so, and the notebook is written as usual.
-        """
-        path = self._source_path
-        try:
-            # An editor may have saved the notebook during the run: nobody's work is lost.
-            current = read_regular(path, most=notebook.MOST_BYTES, error=OutputPathError)
-            if hashlib.sha256(current).hexdigest() != self._source_hash:
-                problem = "it was changed during the run"
-            else:
-                with contextlib.closing(OutputDirectory(path)) as folder:
-                    folder.write(data, keeps_owner=True)
-                self._source_hash = hashlib.sha256(b"".join(data)).hexdigest()
-                if not self._has_output:
-                    self._replaced_source = path
-                return
-        except (OSError, OutputPathError) as error:
-            problem = one_line(error)
-        self.warnings.append(f"{path.name} was not written in place: {problem}")
-
-    def write_coverage(self, prepared: PreparedJob) -> None:
-        """Write the lines of library code that the run recorded, if that was requested."""
-        if prepared.coverage is not None:
-            from safe_exec.workflows.library_coverage import write_coverage
-
-            stem = prepared.job.path.stem
-            written = write_coverage(prepared.coverage, stem, prepared.run_id)
-            self._coverage_data = written.path
-            self.warnings += written.warnings
-
-    def put(self, name: str, data: bytes | notebook.Encoded) -> None:
-        """Write a document, unless the notebook was written in place. Raises OSError.
-
-        If the existing file cannot be replaced, the document gets a similar name and a warning.
-        """
-        if name == "notebook" and self._replaced_source is not None:
-            return
-        if name not in self._folders:
-            raise FileNotFoundError(errno.ENOENT, "the folder is gone")
-        folder = self._folders[name]
-        try:
-            folder.write(data)
-        # Nobody is asked for a new path an hour into a run: the document goes beside the old one.
-        except (IsADirectoryError, PermissionError) as error:
-            other = folder.sibling(self._run_id)
-            other.write(data)
-            self._folders[name] = other
-            self.warnings.append(
-                f"{folder.path.name} could not be replaced ({error.strerror}): "
-                f"see {other.path.name}"
-            )
-
-
-def _mask(prepared: PreparedJob) -> Mask:
-    """Return the mask for the secrets in the environments of the runner and of the kernel."""
-    return mask_for({**os.environ, **(prepared.job.env or {})})
-
-
-def write(prepared: PreparedJob, verdict: Verdict, node: Any, documents: Documents) -> Verdict:
-    """Write the annotated notebook, then the verdict, and return the final verdict.
-
-    The verdict comes second because it names the documents that were written. Secrets are masked
-    here, so no other code writes a verdict.
-    """
-    from safe_exec.reports import annotated_notebook, verdict_json
-
-    verdict = _with_output_paths(documents.mask.everywhere(verdict), documents)
-    form = prepared.job.form
-    arranged_node = arrange(node, prepared.fresh_node(), form) if form != OutputForm() else node
-    encoded = notebook.Encoded(
-        annotated_notebook.annotate(
-            arranged_node, verdict, documents.mask, figures=not form.clean_metadata
-        )
-    )
-    in_place = verdict.status is Status.PASSED or form.on_failure is OnFailure.WRITE
-    if form.in_place and in_place:
-        documents.replace_source(encoded)
-    try:
-        documents.put("notebook", encoded)
-    except (OSError, SafeExecError) as error:
-        verdict = _without_output(
-            verdict, "notebook", f"the annotated notebook could not be written: {error}"
-        )
-    try:
-        # Written twice if the first attempt changed its name: the verdict states its own path.
-        for _ in range(2):
-            warning_count = len(documents.warnings)
-            verdict = _with_output_paths(verdict, documents)
-            documents.put("verdict", verdict_json.dumps(verdict))
-            if len(documents.warnings) == warning_count:
-                break
-    except OSError as error:
-        verdict = _without_output(verdict, "verdict", f"the verdict could not be written: {error}")
-        # Programs read the verdict, so its absence is an error even with --quiet.
-        log.error(  # noqa: TRY400
-            "%s: the verdict could not be written: %s",
-            one_line(prepared.paths.verdict),
-            one_line(error),
-        )
-    return verdict
-
-
-def _with_output_paths(verdict: Verdict, documents: Documents) -> Verdict:
-    """Add the paths of all documents to the verdict, and warnings about changed names."""
-    missing = {"notebook"} - verdict.outputs.keys() if verdict.outputs else set()
-    # A document that could not be written before is not listed again.
-    outputs = {name: path for name, path in documents.paths().items() if name not in missing}
-    if verdict.culprits is not None and verdict.culprits.repro_notebook is not None:
-        outputs["repro"] = verdict.culprits.repro_notebook
-    fresh = [warning for warning in documents.warnings if warning not in verdict.warnings]
-    return replace(verdict, outputs=outputs, warnings=(*verdict.warnings, *fresh))
-
-
-def _without_output(verdict: Verdict, name: str, warning: str) -> Verdict:
-    outputs = {key: path for key, path in verdict.outputs.items() if key != name}
-    return replace(verdict, outputs=outputs, warnings=(*verdict.warnings, warning))
-
-
-def run_started(prepared: PreparedJob) -> events.RunStarted:
-    """Return the first event of a run, which names its notebook and the number of its cells."""
-    return events.RunStarted(
-        time=time.monotonic() - prepared.started,
-        run_id=prepared.run_id,
-        notebook=str(prepared.job.path),
-        kernel=prepared.kernel_name,
-        code_cells=sum(cell.cell_type == "code" for cell in prepared.node.cells),
-        limits=prepared.limits.values.as_dict(),
-    )
-
-
-def _run_finished(prepared: PreparedJob, verdict: Verdict) -> events.RunFinished:
-    cause = verdict.cause.kind.value if verdict.cause else None
-    return events.RunFinished(
-        time=time.monotonic() - prepared.started, status=verdict.status, cause=cause
-    )
-
-
-def _read_ahead() -> EventSink:
-    """Import the code for verdict and documents while the first cell runs."""
-    # After a death the user waits for the diagnosis, so none of these imports may come then.
-    scheduled = False
-
-    def sink(event: Event) -> None:
-        nonlocal scheduled
-        if isinstance(event, events.CellStarted) and not scheduled:
-            scheduled = True
-            for number, name in enumerate(_NEEDED_LATER):
-                # One module per tick: the messages of the running cell are handled in between.
-                asyncio.get_running_loop().call_later(
-                    _SENT_SECONDS * (1 + number), import_module, name
-                )
-            asyncio.get_running_loop().call_later(_LONG_SECONDS, _compile_ahead)
-
-    return sink
-
-
-def _compile_ahead() -> None:
-    """Compile the rules' patterns, one at a time, in a run that has lasted for a while."""
-    # A run that dies sooner compiles the few that its death needs.
-    if patterns.compile_next():
-        asyncio.get_running_loop().call_later(_SENT_SECONDS, _compile_ahead)
-
-
-def _fan_out(sinks: tuple[EventSink, ...], mask: Mask) -> EventSink:
-    """Combine event sinks into one, and mask the secrets in events."""
-    # A sink that raises gets no more events: a broken progress display must not cost the run.
-    # A copy, because sinks that raise are removed while events arrive.
-    live = list(sinks)
-
-    def emit(event: Event) -> None:
-        # Masked once for all sinks: events reach log files and terminals.
-        event = mask.everywhere(event)
-        for sink in tuple(live):
-            try:
-                sink(event)
-            except Exception:
-                live.remove(sink)
-                log.exception("an event sink failed and gets no more events")
-
-    return emit
-
-
-def _no_signal_handlers(_arrive: Any) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def signals(arrive: Any) -> Iterator[None]:
-    """Pass Ctrl-C, SIGTERM and SIGHUP to ``arrive`` until the block ends.
-
-    Does nothing outside the main thread. A signal that is ignored stays ignored: under nohup the
-    run goes on after the terminal closes, and so does a background job of a script (``&``) on
-    Ctrl-C.
-    """
-    loop, handled = asyncio.get_running_loop(), []
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # nohup and `&` set these to be ignored on purpose.
-        if signal.getsignal(number) is signal.SIG_IGN:
-            continue
-        with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):
-            # asyncio refuses signal handlers outside the main thread, where tools like papermill
-            # may be.
-            loop.add_signal_handler(number, arrive, number)
-            handled.append(number)
-    try:
-        yield
-    finally:
-        for number in handled:
-            loop.remove_signal_handler(number)

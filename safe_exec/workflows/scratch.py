@@ -11,8 +11,9 @@ from msgspec import Struct
 
 from safe_exec.errors import SandboxError
 from safe_exec.sandbox.stale_runs import sweep
-from safe_exec.workflows.prepare import PreparedJob
-from safe_exec.workflows.run import request_for, signals
+from safe_exec.workflows.job import PreparedJob
+from safe_exec.workflows.run import request_for
+from safe_exec.workflows.signals import signals
 
 if TYPE_CHECKING:
     from safe_exec.experiments.rerun import Rerunner

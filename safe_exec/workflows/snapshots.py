@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from safe_exec.kernel.snapshots import KernelSnapshots
     from safe_exec.model.limits import Limits
     from safe_exec.sandbox.plan import SpawnPlan
-    from safe_exec.workflows.prepare import Job, PreparedJob
+    from safe_exec.workflows.job import Job, PreparedJob
 
 # A copy takes two processes for a moment, and one for as long as it sleeps.
 LEAST_PROCESSES = 64

@@ -29,7 +29,7 @@ from safe_exec.cache import cache_root
 from safe_exec.errors import UsageError
 from safe_exec.files import one_line
 from safe_exec.units import format_size
-from safe_exec.workflows.prepare import Job
+from safe_exec.workflows.job import Job
 
 MOST_BYTES = 512 << 20
 """The most bytes of a folder that are sent to a worker."""

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from safe_exec.batch.journal import JournalRecord
 from safe_exec.model import events
-from safe_exec.workflows.prepare import Job
+from safe_exec.workflows.job import Job
 
 # The events that the progress display shows; a worker sends no others.
 ShownEvent = (

@@ -46,7 +46,8 @@ from safe_exec.kernel.prestart import PrestartedKernel
 from safe_exec.model import events
 from safe_exec.model.verdict import Verdict
 from safe_exec.sandbox.host.capabilities import HostCapabilities, detect, probe_isolation
-from safe_exec.workflows.prepare import Job, prepare
+from safe_exec.workflows.job import Job
+from safe_exec.workflows.prepare import prepare
 from safe_exec.workflows.retry import is_transient
 
 log = logging.getLogger("safe_exec")

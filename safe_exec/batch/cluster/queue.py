@@ -35,7 +35,8 @@ from safe_exec.model.limits import Wall
 from safe_exec.model.verdict import Status, Verdict
 from safe_exec.reports.batch.results import REFUSED
 from safe_exec.sandbox.planner import requirable_name
-from safe_exec.workflows.prepare import PreparedJob, prepare
+from safe_exec.workflows.job import PreparedJob
+from safe_exec.workflows.prepare import prepare
 from safe_exec.workflows.run import abandon_job
 
 

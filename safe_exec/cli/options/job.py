@@ -35,7 +35,8 @@ from safe_exec.notebook.kernel_choice import KernelFallback
 from safe_exec.sandbox.host.capabilities import detect
 from safe_exec.sandbox.planner import parse_required
 from safe_exec.units import UnitError, parse_duration
-from safe_exec.workflows.prepare import Bisect, Job, command_line
+from safe_exec.workflows.job import Bisect, Job
+from safe_exec.workflows.prepare import command_line
 
 
 class JobOptions(Struct, frozen=True, kw_only=True):

@@ -20,7 +20,8 @@ from safe_exec.errors import NotebookError
 from safe_exec.model.limits import Limits
 from safe_exec.sandbox.host import capabilities, resources
 from safe_exec.trial.request import Cancellation
-from safe_exec.workflows.prepare import Job, PreparedJob, prepare
+from safe_exec.workflows.job import Job, PreparedJob
+from safe_exec.workflows.prepare import prepare
 from tests.support import make_notebook
 
 # --- history ----------------------------------------------------------------------------------------------------

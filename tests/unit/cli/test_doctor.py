@@ -43,7 +43,8 @@ from safe_exec.sandbox.host.cgroup_delegation import Scope
 from safe_exec.sandbox.host.facts import CgroupTree, Container, HostFacts, collect, dead_runs
 from safe_exec.sandbox.plan import REQUIRE_ALL, weak_walls
 from safe_exec.sandbox.planner import CHOOSABLE, build_plan
-from safe_exec.workflows.prepare import Job, prepare
+from safe_exec.workflows.job import Job
+from safe_exec.workflows.prepare import prepare
 from tests.support import MARK, make_notebook, marked_processes
 
 G = 2**30

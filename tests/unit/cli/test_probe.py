@@ -51,7 +51,7 @@ from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.planner import build_plan
 from safe_exec.trial.request import TrialRequest
 from safe_exec.workflows import probe as probing
-from safe_exec.workflows.prepare import PreparedJob
+from safe_exec.workflows.job import PreparedJob
 from safe_exec.workflows.probe import ProbeReport, ProbeRun, run_search
 from tests.support import make_notebook
 from tests.unit.builders import make_cause, make_crash

@@ -26,7 +26,7 @@ from safe_exec.reports import verdict_json
 from safe_exec.workflows import bisect as searching
 from safe_exec.workflows.bisect import LEAST_BUDGET, FolderSnapshot, budget_of
 from safe_exec.workflows.earlier_run import find_notebook, read_verdict
-from safe_exec.workflows.prepare import Bisect, JobPaths
+from safe_exec.workflows.job import Bisect, JobPaths
 from tests.unit.builders import every_verdict, make_verdict, name_of
 
 # --- how long it may take -------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 from safe_exec.batch.cluster import files
 from safe_exec.batch.cluster.messages import NotebookRequest, SourceFiles
 from safe_exec.errors import UsageError
-from safe_exec.workflows.prepare import Job
+from safe_exec.workflows.job import Job
 
 
 @pytest.fixture
