@@ -7,44 +7,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from functools import partial
-from pathlib import Path
-from queue import Empty
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from jupyter_client.kernelspec import KernelSpec, NoSuchKernel
-from jupyter_client.manager import AsyncKernelManager
 from msgspec import Struct
 
 from safe_exec.agent import layout
-from safe_exec.errors import KernelMissingError, KernelStartError
 from safe_exec.keeper import procfs
-from safe_exec.keeper.protocol import CleanupResult, Dying
-from safe_exec.kernel import fault_report, file_locks, native_stack, processes
+from safe_exec.keeper.protocol import CleanupResult
+from safe_exec.kernel import fault_report, file_locks, processes
 from safe_exec.kernel.activity import ObservedKernel
 from safe_exec.kernel.agent_facts import AgentFacts
 from safe_exec.kernel.allocation_file import AllocationFile
 from safe_exec.kernel.channel import Channel
 from safe_exec.kernel.children import ChildHistory
-from safe_exec.kernel.connection import Address, ConnectFailed, Connection, connect
+from safe_exec.kernel.connection import Connection
+from safe_exec.kernel.handshake import Handshake
 from safe_exec.kernel.input_answers import InputAnswers
-from safe_exec.kernel.installed_kernels import installed_kernels
 from safe_exec.kernel.late_text import LateText
-from safe_exec.kernel.launch import (
-    Launch,
-    LaunchedKernel,
-    extra_arguments,
-    find_spec,
-    forwarded,
-    has_pystack,
-    launch,
-    speaks_ipc,
-)
+from safe_exec.kernel.launch import LaunchedKernel
+from safe_exec.kernel.manager import Manager
+from safe_exec.kernel.native_stack import NativeReading
+from safe_exec.kernel.native_watch import NativeStackWatch
+from safe_exec.kernel.peers import PeerWatch
 from safe_exec.kernel.process_changes import ProcessChanges
 from safe_exec.kernel.provisioner import SandboxProvisioner
 from safe_exec.kernel.shared_page import Note, Page, Text
@@ -52,10 +40,8 @@ from safe_exec.model.ending import TerminationReason
 from safe_exec.model.evidence import Frame, ProcessCount
 from safe_exec.model.limits import LimitName, Limits, Wall
 from safe_exec.model.observed import ObservedLock
-from safe_exec.sandbox.keeper_process import runtime_directory
 from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.sandbox import KernelExit, Sandbox
-from safe_exec.sandbox.usage import sockets
 from safe_exec.sandbox.usage.meter import Meter
 from safe_exec.sandbox.usage.volumes import Volumes
 
@@ -70,10 +56,7 @@ SHUTDOWN_SECONDS = 3.0
 
 READY_RETRY_SECONDS = 0.25
 MESSAGE_SLACK = 3 << 20
-PORTS = ("shell", "iopub", "stdin", "hb", "control")
 
-# In a network namespace of its own no other process listens.
-FORWARDED_PORTS = (9001, 9002, 9003, 9004, 9005)
 # Connected in this order: the subscription must be in place before the first reply.
 CHANNELS = {"iopub": "SUB", "shell": "DEALER", "control": "DEALER"}
 # Only an interactive kernel can ask a person for input, and `--stdin` answers for one.
@@ -83,23 +66,6 @@ STDIN = {"stdin": "DEALER"}
 END_SECONDS = 1.0
 FAULT_CHARACTERS = 1 << 20
 TMP, SHM = "/tmp", "/dev/shm"  # noqa: S108 - measured, not used
-
-
-class Manager(AsyncKernelManager):  # type: ignore[misc]
-    """jupyter_client's manager without its control socket."""
-
-    # The manager connects before the kernel listens, so libzmq retries at some later moment. If the
-    # kernel has no descriptor left at that moment, its libzmq aborts it (``ipc_listener.cpp``). The
-    # client's own control channel suffices, and it connects before the first cell.
-    def _connect_control_socket(self) -> None:
-        """Do nothing: ``KernelSession`` connects the control channel."""
-
-    def take_on(self, launched: LaunchedKernel) -> None:
-        """Load the spec and connection of a kernel that was started without this manager."""
-        self._kernel_spec = KernelSpec(
-            resource_dir=launched.spec.directory, **launched.spec.document
-        )
-        self.load_connection_info(dict(launched.connection))
 
 
 class SessionRequest(Struct, frozen=True, kw_only=True):
@@ -133,129 +99,8 @@ class SessionRequest(Struct, frozen=True, kw_only=True):
     arguments: tuple[str, ...] = ()
 
 
-def open_sandbox(request: SessionRequest) -> Sandbox:
-    """Start the keeper. It gets ready while the notebook client is set up."""
-    return Sandbox(
-        request.run_id,
-        # The path is only computed here; the keeper makes the directory.
-        directory=Path(runtime_directory(request.run_id)),
-        delegation=request.plan.cgroup.delegation,
-    )
-
-
 ClientFactory = Callable[[Manager, asyncio.Event], "TrialClient"]
 """Makes the notebook client, from the manager and the event of the kernel's death."""
-
-
-async def open_session(
-    request: SessionRequest,
-    sandbox: Sandbox,
-    make_client: ClientFactory,
-    launched: LaunchedKernel | None = None,
-) -> KernelSession:
-    """Start the kernel process in its sandbox, or take over the ``launched`` one.
-
-    Raises KernelStartError if the kernel is not installed or its command cannot be executed,
-    SandboxError if the sandbox cannot be built. After an error the caller has to close the sandbox.
-    """
-    if launched is None and (spec := find_spec(request.kernel_name)) is not None:
-        launch_request = Launch(
-            spec=spec,
-            kernel_name=request.kernel_name,
-            plan=request.plan,
-            limits=request.limits,
-            cwd=request.cwd,
-            env=request.env,
-            key=request.key,
-            arguments=request.arguments,
-            strict_shell=request.strict_shell,
-            thorough=request.allocations is not None,
-            coverage=request.coverage,
-            forks=request.forks is not None,
-            snapshots=request.snapshots is not None,
-        )
-        # Building a sandbox blocks, and other runs share this event loop.
-        launched = await _run_in_thread(partial(launch, sandbox, launch_request))
-    km = Manager(kernel_name=request.kernel_name)
-    km.connection_file = str(Path(runtime_directory(request.run_id)) / "c.json")
-    if launched is not None:
-        km.take_on(launched)
-    provisioner = _provisioner(request, sandbox, km)
-    try:
-        forwarder_prefix = None
-        if launched is not None:
-            provisioner.adopt(launched)
-        else:
-            forwarder_prefix = await _start_by_jupyter(request, sandbox, km)
-        return KernelSession(
-            request,
-            sandbox,
-            manager=km,
-            provisioner=provisioner,
-            make_client=make_client,
-            forwarder_prefix=forwarder_prefix,
-            launched=launched,
-        )
-    except BaseException:
-        provisioner.stop_watching()
-        if provisioner.channels is not None:
-            provisioner.channels.close()
-        raise
-
-
-def _provisioner(request: SessionRequest, sandbox: Sandbox, km: Any) -> SandboxProvisioner:
-    provisioner = SandboxProvisioner(
-        kernel_id=request.run_id, kernel_spec=_spec(km, request.kernel_name), parent=km
-    )
-    provisioner.on_limit = request.on_limit
-    provisioner.prepare(limits=request.limits, plan=request.plan, sandbox=sandbox)
-    provisioner.headless = request.key is None
-    provisioner.strict_shell = request.strict_shell
-    provisioner.coverage = request.coverage
-    km.provisioner = provisioner
-    return provisioner
-
-
-def _spec(km: Any, kernel_name: str) -> Any:
-    try:
-        spec = km.kernel_spec
-    except NoSuchKernel:
-        spec = None
-    if spec is None:
-        raise KernelMissingError(kernel_name, installed_kernels())
-    return spec
-
-
-async def _start_by_jupyter(request: SessionRequest, sandbox: Sandbox, km: Any) -> str | None:
-    """Start a kernel that ``find_spec`` does not support, through jupyter_client.
-
-    Returns the prefix of the forwarder's sockets for a kernel on TCP behind a network of its own.
-    """
-    sandbox.wait_ready()
-    prefix = str(Path(runtime_directory(request.run_id)) / "k")
-    forwarder_prefix = None
-    if speaks_ipc(km.kernel_spec.argv):
-        km.transport, km.ip = "ipc", prefix
-    elif request.plan.enclosed and not request.plan.isolation.network:
-        # Each network namespace has its own loopback, so a port in there cannot be reached from
-        # outside. A forwarder in there connects Unix sockets to it.
-        forwarder_prefix = prefix
-        for name, port in zip(PORTS, FORWARDED_PORTS, strict=True):
-            setattr(km, f"{name}_port", port)
-        # A copy: the manager of kernelspecs may give the same one to others.
-        spec = copy.copy(km.kernel_spec)
-        spec.argv = forwarded(spec.argv, prefix, FORWARDED_PORTS)
-        km._kernel_spec = spec  # noqa: SLF001 - the property has no setter
-    else:
-        # Ports below the range of outgoing connections: no other process gets one by chance before
-        # the kernel listens.
-        for name, port in zip(PORTS, sockets.quiet_ports(len(PORTS)), strict=False):
-            setattr(km, f"{name}_port", port)
-    if request.key is not None:
-        km.session.key = request.key.encode()
-    extra = extra_arguments(km.kernel_name) if request.key is None else list(request.arguments)
-    await km.start_kernel(cwd=request.cwd, env=dict(request.env), extra_arguments=extra)
-    return forwarder_prefix
 
 
 def _places_to_write(request: SessionRequest, sandbox: Sandbox) -> tuple[str, ...]:
@@ -298,9 +143,12 @@ class KernelSession:
         )
         # The prefix of the forwarder's sockets, for a kernel on TCP behind a network of its own.
         self._forwarder_prefix = forwarder_prefix
-        self.reads_native = request.reads_native
-        self.native: native_stack.NativeReading | None = None
-        self._native_task: asyncio.Task[None] | None = None
+        # Reads the native stack of a dying kernel, if it is asked for.
+        self._native = (
+            NativeStackWatch(sandbox, self.pid, with_locals=request.with_locals)
+            if request.reads_native
+            else None
+        )
         self._answering: asyncio.Task[None] | None = None
         self.agent_facts = AgentFacts()
         self.launched = launched
@@ -312,7 +160,12 @@ class KernelSession:
         self.cleanup = CleanupResult()
         self._channels: dict[str, Channel] = {}
         self._closed = False
-        self._ancestors: frozenset[int] = frozenset()
+        # Behind a wall there are no other hosts.
+        self._peers = (
+            PeerWatch(self.keeper_pid, self.pid, instrumented=self.instrumented)
+            if Wall.NETWORK not in self.plan.walls
+            else None
+        )
         # Meter and watchdog share one process tree, so that /proc is read once.
         watchdog = provisioner.watchdog
         tree = watchdog.tree if watchdog is not None else None
@@ -338,8 +191,8 @@ class KernelSession:
         """Watch, on the event loop, for the kernel's death and for the agent's facts."""
         loop = asyncio.get_running_loop()
         self.sandbox.on_exit = self._on_exit
-        if self.reads_native:
-            self._prepare_native()
+        if self._native is not None:
+            self._native.start()
         if self.sandbox.exit is not None:
             self._on_exit(self.sandbox.exit)
         loop.add_reader(self.sandbox.fileno(), self._pump)
@@ -352,30 +205,6 @@ class KernelSession:
         self.meter.leave_out(pid)
         if self._tree is not None:
             self._tree.left_out = pid
-
-    def _prepare_native(self) -> None:
-        """Let the keeper hold the kernel at a fatal fault, if its native stack can be read."""
-        if has_pystack():
-            self.sandbox.hold_at_fault(native_stack.BUDGET_SECONDS, self._on_dying)
-        else:
-            self.native = native_stack.NativeReading(error=native_stack.MISSING)
-
-    def _on_dying(self, dying: Dying) -> None:
-        # Replaced by the result; if the keeper lets the process die first, that is the result.
-        self.native = native_stack.NativeReading(error=native_stack.TOO_SLOW)
-        self._native_task = asyncio.get_running_loop().create_task(self._read_native(dying))
-
-    @property
-    def is_dying(self) -> bool:
-        """Whether a fatal fault was reported, at which the process may be held."""
-        return self._native_task is not None
-
-    async def _read_native(self, dying: Dying) -> None:
-        with_locals = self._request.with_locals
-        try:
-            self.native = await native_stack.read(self.pid, dying, with_locals=with_locals)
-        finally:
-            self.sandbox.read_on()
 
     def _pump(self) -> None:
         self.sandbox.process_messages()
@@ -391,6 +220,21 @@ class KernelSession:
     def _on_exit(self, ended: KernelExit) -> None:
         self.died_at = ended.at
         self.died.set()
+
+    @property
+    def reads_native(self) -> bool:
+        """Whether the native stack is read at a fatal fault."""
+        return self._native is not None
+
+    @property
+    def native(self) -> NativeReading | None:
+        """The native stack at a fatal fault; ``None`` if there was none, or it is not read."""
+        return None if self._native is None else self._native.reading
+
+    @property
+    def is_dying(self) -> bool:
+        """Whether a fatal fault was reported, at which the process may be held."""
+        return self._native is not None and self._native.is_held
 
     @property
     def ended(self) -> KernelExit | None:
@@ -412,134 +256,28 @@ class KernelSession:
         deadline = None if seconds is None else time.monotonic() + seconds
         kc = self.manager.client()
         kc.allow_stdin = self.answers is not None
-        await self._open_channels(kc, deadline)
+        handshake = Handshake(
+            self.manager,
+            self.sandbox,
+            self.died,
+            limits=self.limits,
+            forwarder_prefix=self._forwarder_prefix,
+        )
+        has_stdin = self._request.key is not None or self.answers is not None
+        await handshake.open_channels(kc, self._channels, has_stdin=has_stdin, deadline=deadline)
         if self.answers is not None:
             answering = self.answers.serve(self._channels["stdin"])
             self._answering = asyncio.create_task(answering)
         kc.iopub_channel.on_oversize = client.cut_display
         kc.iopub_channel.overheard = self.late_text.take
         client.kc = kc
-        while deadline is None or time.monotonic() < deadline:
-            info = await self._request_kernel_info(kc)
-            if info is not None:
-                await self._control_stands(kc)
-                self.changes = ProcessChanges(self.pid)
-                return info
-            if self.died.is_set():
-                raise KernelStartError(self._why_it_ended())
-        raise KernelStartError(self._silent())
-
-    async def _open_channels(self, kc: Any, deadline: float | None) -> None:
-        """Connect once to each socket, and never reconnect."""
-        # Notebook code could later put a socket of its own in their place.
-        asks = self._request.key is not None or self.answers is not None
-        for name, kind in (CHANNELS | STDIN if asks else CHANNELS).items():
-            port = getattr(self.manager, f"{name}_port")
-            is_local = self.manager.transport == "ipc" or self._forwarder_prefix
-            address = (
-                Address(host=f"{self._sockets()}-{port}")
-                if is_local
-                else Address(host=self.manager.ip, port=port)
-            )
-            identity = kc.session.bsession if kind == "DEALER" else b""
-            try:
-                connection = await self._alive(
-                    connect(address, kind=kind, identity=identity, largest=self._largest()),
-                    deadline,
-                )
-            except ConnectFailed as error:
-                # The status of a dying kernel explains more than a closed socket.
-                dead = await self.wait_dead(END_SECONDS)
-                raise KernelStartError(self._why_it_ended() if dead else str(error)) from error
-            self._channels[name] = Channel(kc.session, connection)
-            setattr(kc, f"_{name}_channel", self._channels[name])
+        info = await handshake.first_answer(kc, deadline)
+        self.changes = ProcessChanges(self.pid)
+        return info
 
     def connections(self) -> dict[str, Connection]:
         """Return the connections of the channels, for a caller that passes frames on unchanged."""
         return {name: channel.connection for name, channel in self._channels.items()}
-
-    def _sockets(self) -> str:
-        """Return the prefix of the kernel's socket paths as seen by the runner."""
-        # Inside bubblewrap the directory is in the sandbox's own mount namespace. The init hands
-        # out a descriptor of it, and /proc/self/fd also keeps the path below 108 bytes (unix(7)).
-        inside = self.sandbox.sockets
-        prefix = self._forwarder_prefix or self.manager.ip
-        return prefix if inside is None else f"/proc/self/fd/{inside}/{Path(prefix).name}"
-
-    async def _alive(
-        self, connecting: Coroutine[Any, Any, Connection], deadline: float | None
-    ) -> Connection:
-        """Wait for a connection.
-
-        Raises KernelStartError if the kernel ends or the time is up first.
-        """
-        attempt, death = asyncio.create_task(connecting), asyncio.create_task(self.died.wait())
-        remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
-        try:
-            await asyncio.wait(
-                {attempt, death}, timeout=remaining, return_when=asyncio.FIRST_COMPLETED
-            )
-            if attempt.done():
-                return attempt.result()
-            raise KernelStartError(self._why_it_ended() if self.died.is_set() else self._silent())
-        finally:
-            death.cancel()
-            attempt.cancel()
-
-    def _largest(self) -> int | None:
-        """Return the size in bytes of the largest accepted message; ``None`` if there is no bound.
-
-        A larger message could not be stored.
-        """
-        return None if self.limits.cell_output is None else self.limits.cell_output + MESSAGE_SLACK
-
-    async def _request_kernel_info(self, kc: Any) -> dict[str, Any] | None:
-        """Send one kernel_info request.
-
-        Return its reply if iopub sent "idle" too, else ``None``.
-        """
-        msg_id = kc.kernel_info()
-        reply = await self._until(
-            kc.shell_channel, lambda m: m["parent_header"].get("msg_id") == msg_id
-        )
-        if reply is None:
-            return None
-        idle = await self._until(
-            kc.iopub_channel,
-            lambda m: m["msg_type"] == "status" and m["content"].get("execution_state") == "idle",
-        )
-        content: dict[str, Any] = reply["content"]
-        return content if idle is not None else None
-
-    async def _control_stands(self, kc: Any) -> None:
-        """Wait until the control channel answers too."""
-        # Only ipykernel is known to answer there.
-        if self.manager.transport == "ipc":
-            kc.control_channel.send(self.manager.session.msg("kernel_info_request", {}))
-            await self._until(kc.control_channel, lambda m: m["msg_type"] == "kernel_info_reply")
-
-    async def _until(
-        self, channel: Any, accepts: Callable[[dict[str, Any]], bool]
-    ) -> dict[str, Any] | None:
-        """Return the first accepted message; ``None`` after READY_RETRY_SECONDS or a death."""
-        deadline = time.monotonic() + READY_RETRY_SECONDS
-        while (remaining := deadline - time.monotonic()) > 0 and not self.died.is_set():
-            with contextlib.suppress(Empty):
-                message: dict[str, Any] = await channel.get_msg(timeout=max(remaining, 0.001))
-                if accepts(message):
-                    return message
-        return None
-
-    def _silent(self) -> str:
-        return (
-            f"the kernel did not answer within {self.limits.start_timeout or 0:g} s "
-            "(--start-timeout)"
-        )
-
-    def _why_it_ended(self) -> str:
-        ended = self.ended
-        status = str(ended.status) if ended and ended.status else "its supervisor was killed"
-        return f"the kernel ended before it was ready: {status}"
 
     # --- facts ------------------------------------------------------------------------------------
 
@@ -704,29 +442,9 @@ class KernelSession:
 
     def find_peers(self) -> None:
         """Record other hosts that the sandbox's sockets are connected to."""
-        # The agent reports connections of the kernel process only, not of its children. Reading the
-        # tables of a busy machine takes milliseconds, so not while there are no children.
-        if Wall.NETWORK not in self.plan.walls and (
-            not self.instrumented or self._has_children(self.keeper_pid, self.pid)
-        ):
-            peers = sockets.peers(self.keeper_pid, self.pid)
+        if self._peers is not None:
+            peers = self._peers.peers()
             self.agent_facts.add_hosts(sorted(peers - set(self.agent_facts.hosts)))
-
-    def _has_children(self, keeper: int, kernel: int) -> bool:
-        """Whether a process besides the kernel and its ancestors runs in the sandbox."""
-        # A daemon's parent is the init of its pid namespace, or the keeper.
-        if not self._ancestors:
-            self._ancestors = frozenset(procfs.ancestors(kernel))
-        queue = procfs.children(keeper)
-        if not queue:
-            # The system does not tell children.
-            return True
-        while queue:
-            pid = queue.pop()
-            if pid != kernel and pid not in self._ancestors:
-                return True
-            queue += procfs.children(pid)
-        return False
 
     async def wait_dead(self, seconds: float) -> bool:
         """Wait for the kernel process to end; false after ``seconds``."""
@@ -748,9 +466,10 @@ class KernelSession:
         if self._closed:
             return
         self._closed = True
-        for task in (self._native_task, self._answering):
-            if task is not None:
-                task.cancel()
+        if self._native is not None:
+            self._native.cancel()
+        if self._answering is not None:
+            self._answering.cancel()
         loop = asyncio.get_running_loop()
         # First the watchdogs: they could misread the dying processes.
         self._stop_measuring()
@@ -769,19 +488,6 @@ class KernelSession:
                 loop.remove_reader(channels.facts.fileno())
             channels.close()
         self.agent_facts.close()
-
-
-async def _run_in_thread(call: Callable[[], LaunchedKernel]) -> LaunchedKernel:
-    """Run a blocking launch on a thread."""
-    # After a cancellation, wait for the thread to finish: the canceller then removes the sandbox
-    # that the thread works on.
-    waiting = asyncio.ensure_future(asyncio.to_thread(call))
-    try:
-        return await asyncio.shield(waiting)
-    except asyncio.CancelledError:
-        with contextlib.suppress(Exception):
-            (await waiting).channels.close()
-        raise
 
 
 def was_polite(number: int | None) -> bool:

@@ -18,13 +18,8 @@ from typing import TYPE_CHECKING, Any
 from safe_exec.errors import IsolationError, KernelMissingError, KernelStartError
 from safe_exec.keeper.protocol import CleanupResult
 from safe_exec.kernel.coverage_file import lost_rows
-from safe_exec.kernel.session import (
-    KernelSession,
-    SessionRequest,
-    open_sandbox,
-    open_session,
-    was_polite,
-)
+from safe_exec.kernel.session import KernelSession, SessionRequest, was_polite
+from safe_exec.kernel.session_start import open_sandbox, open_session
 from safe_exec.model import events
 from safe_exec.model.ending import (
     Cancelled,
