@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from safe_exec.diagnosis.context import Context, Rule
 from safe_exec.diagnosis.rules import (
+    cpu_time,
     crashes,
     disk,
     earlier,
@@ -35,7 +36,7 @@ RULES: tuple[Rule, ...] = (
     # What we did ourselves, and what the system counted, before what a signal may mean.
     memory.watchdog_kill,
     memory.worker_kill,
-    timeouts.cpu_time,
+    cpu_time.cpu_time,
     memory.oom_kill,
     memory.oomd_kill,
     limits.output_flood,

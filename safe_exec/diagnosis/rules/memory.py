@@ -19,7 +19,7 @@ from safe_exec.diagnosis.context import (
     make,
     outside,
 )
-from safe_exec.diagnosis.rules.timeouts import activity_of
+from safe_exec.diagnosis.rules.activity import activity_of
 from safe_exec.model.ending import (
     CellFailed,
     Died,

@@ -13,7 +13,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from safe_exec.diagnosis.rules.timeouts import activity_of
+from safe_exec.diagnosis.rules.activity import activity_of
 from safe_exec.experiments.static_analysis.statements import statements_of
 from safe_exec.model.evidence import ActivityObservation, Frame
 from safe_exec.model.verdict import Activity, CauseKind, Verdict

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safe_exec.diagnosis.rules.timeouts import activity_of
+from safe_exec.diagnosis.rules.activity import activity_of
 from safe_exec.model.evidence import ActivityObservation, Frame
 from safe_exec.model.verdict import Activity
 

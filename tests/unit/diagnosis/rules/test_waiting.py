@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from safe_exec.diagnosis.context import Context
 from safe_exec.diagnosis.rules import hangs, waiting, waiting_text
-from safe_exec.diagnosis.rules.timeouts import activity_of
+from safe_exec.diagnosis.rules.activity import activity_of
 from safe_exec.diagnosis.rules.waiting import Blockage, find_blocker
 from safe_exec.model.ending import ExitStatus, TimedOut
 from safe_exec.model.evidence import ActivityObservation, Evidence, Frame
