@@ -26,7 +26,7 @@ from safe_exec.model.ending import Ending, InternalError, StartFailed, Terminati
 from safe_exec.model.limits import LimitName, Limits
 from safe_exec.model.verdict import CellRecord, CellStatus
 from safe_exec.trial.cell_loop import CellLoop
-from safe_exec.trial.evidence import collect_evidence
+from safe_exec.trial.evidence import collect_evidence, trial_result
 from safe_exec.trial.request import TrialRequest, TrialResult
 from safe_exec.trial.run import Trial
 from safe_exec.units import format_size
@@ -417,16 +417,7 @@ class Inner(Trial):
             self.state.metrics.abandon(self.state.current)
         self.session.take_facts()
         evidence, location = collect_evidence(self.state, ending)
-        return TrialResult(
-            ending=ending,
-            evidence=evidence,
-            metrics=self.state.metrics,
-            node=self.state.request.node,
-            location=location,
-            hello=self.session.agent_facts.hello,
-            warnings=tuple(self.state.warnings),
-            instrumented=self.session.instrumented,
-        )
+        return trial_result(self.state, ending, evidence, location)
 
     def close(self) -> None:
         """Kill all processes and remove the sandbox. Can be called again."""

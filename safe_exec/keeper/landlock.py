@@ -60,13 +60,6 @@ NEVER = MAKE_CHAR | MAKE_BLOCK
 # The rights that a rule for anything but a directory may contain.
 OF_A_FILE = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 
-# Devices that programs expect to be able to write to, and that endanger nobody. Graphics cards are
-# not among them.
-DEVICES = (
-    "/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx",
-    "/dev/pts", "/dev/shm",  # noqa: S108
-)  # fmt: skip
-
 # The same numbers on every architecture that we run on.
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 CREATE_RULESET_VERSION = 1

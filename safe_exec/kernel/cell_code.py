@@ -52,14 +52,6 @@ class CellCode:
         self._sources: dict[str, list[Source]] = {}
         self._count = 0
 
-    @classmethod
-    def of_files(cls, cells: Mapping[str, int]) -> CellCode:
-        """Build from file names that each belong to one cell, without line maps."""
-        code = cls(lambda number: number)
-        for name, cell in cells.items():
-            code.add(name, Source(cell=cell, line_map=IDENTITY))
-        return code
-
     def follow(self, earlier: CellCode, cells: Collection[int]) -> None:
         """Know the sources of some cells of the kernel of which this one is a copy."""
         for name, known in earlier._sources.items():

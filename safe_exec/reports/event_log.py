@@ -110,5 +110,5 @@ def _checkpoint(descriptor: int) -> None:
             errno.EINVAL,
             # A pipe or a terminal has nothing to flush.
             errno.EROFS,
-        ):  # a pipe or a terminal has nothing to sync
+        ):
             raise

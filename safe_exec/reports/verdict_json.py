@@ -27,12 +27,6 @@ class _Header(msgspec.Struct):
     schema: str | None = None
 
 
-def to_document(verdict: Verdict) -> dict[str, Any]:
-    """Return the verdict as plain JSON values, in the documented order."""
-    document: dict[str, Any] = json_text.plain(verdict)
-    return document
-
-
 def dumps(verdict: Verdict) -> bytes:
     """Return the document as UTF-8 text with a final newline, without NaN and lone surrogates."""
     return json_text.document(verdict)

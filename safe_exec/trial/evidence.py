@@ -23,6 +23,7 @@ from safe_exec.trial import own_process
 from safe_exec.trial.crash_site import crash_site, recent_text
 from safe_exec.trial.final_output import final_output
 from safe_exec.trial.refusals import isolation_conflicts, raised_by
+from safe_exec.trial.request import TrialResult
 
 if TYPE_CHECKING:
     from safe_exec.sandbox.usage.meter import Counters
@@ -34,6 +35,23 @@ NEAR_LIMIT = 0.95
 # From this share of the limit on, a sample says who had the memory; a sample of a smaller use says
 # nothing of the rest.
 NEAR_PEAK = 0.5
+
+
+def trial_result(
+    state: TrialState, ending: Ending, evidence: Evidence, location: CellLocation | None
+) -> TrialResult:
+    """Return the result of a trial whose kernel's process started."""
+    session = state.session
+    return TrialResult(
+        ending=ending,
+        evidence=evidence,
+        metrics=state.metrics,
+        node=state.request.node,
+        location=location,
+        hello=session.agent_facts.hello,
+        warnings=tuple(state.warnings),
+        instrumented=session.instrumented,
+    )
 
 
 def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellLocation | None]:

@@ -15,6 +15,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 from safe_exec.errors import IsolationError, KernelMissingError, KernelStartError
 from safe_exec.keeper.protocol import CleanupResult
 from safe_exec.kernel.coverage_file import lost_rows
@@ -36,7 +38,7 @@ from safe_exec.model.ending import (
 from safe_exec.trial import own_process
 from safe_exec.trial.cell_loop import CellLoop, Stop
 from safe_exec.trial.discarded import discarded_warning
-from safe_exec.trial.evidence import collect_evidence, evidence_without_kernel
+from safe_exec.trial.evidence import collect_evidence, evidence_without_kernel, trial_result
 from safe_exec.trial.option_warnings import option_warnings
 from safe_exec.trial.request import TrialRequest, TrialResult
 from safe_exec.trial.sampler import Sampler
@@ -184,15 +186,9 @@ class Trial:
             self.state.sink(events.Warned(time=self.state.now(), message=message))
         sleeping = self._sleeping(ending)
         self._remove_sandbox()
-        return TrialResult(
-            ending=ending,
-            evidence=evidence,
-            metrics=self.state.metrics,
-            node=self.state.request.node,
-            location=location,
-            hello=self.session.agent_facts.hello,
-            warnings=tuple(self.state.warnings),
-            instrumented=self.session.instrumented,
+        result = trial_result(self.state, ending, evidence, location)
+        return replace(
+            result,
             kept_files=self.session.sandbox.discarded.kept_files,
             sleeping=sleeping,
             no_copy=self.state.request.snapshots.trouble if self.state.request.snapshots else "",

@@ -36,7 +36,6 @@ MOST_BYTES = 512 << 20
 PIECE_BYTES = 8 << 20
 KEPT_DAYS = 7
 _DAY = 86400.0
-_LIST = 1 << 16
 
 
 class Workspace(Struct, frozen=True, kw_only=True):

@@ -97,12 +97,6 @@ def summary_of(batch: BatchResult) -> Summary:
     )
 
 
-def to_document(batch: BatchResult) -> dict[str, Any]:
-    """Return the batch as plain JSON values."""
-    document: dict[str, Any] = json_text.plain(summary_of(batch))
-    return document
-
-
 def load_schema() -> dict[str, Any]:
     """Return the JSON Schema (draft 2020-12) of the document."""
     text = (

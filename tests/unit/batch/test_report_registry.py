@@ -20,7 +20,7 @@ from safe_exec.batch.outcome import STATUSES
 from safe_exec.batch.report_registry import BATCH_REPORTS, BatchReport, write_all
 from safe_exec.model import events
 from safe_exec.model.verdict import Status
-from safe_exec.reports import verdict_json
+from safe_exec.reports import json_text, verdict_json
 from safe_exec.reports.batch import summary_json
 from safe_exec.reports.batch.progress import BatchProgress, line_of
 from safe_exec.reports.batch.results import BatchResult, NotebookResult
@@ -110,7 +110,9 @@ def test_a_verdict_that_was_spoilt_since_costs_its_row_only_the_details(
     tmp_path: Path, text: str
 ) -> None:
     (tmp_path / "a.verdict.json").write_text(text)
-    document = summary_json.to_document(batch(tmp_path, entry(tmp_path, "timeout", exit_code=4)))
+    document = json_text.plain(
+        summary_json.summary_of(batch(tmp_path, entry(tmp_path, "timeout", exit_code=4)))
+    )
     Draft202012Validator(summary_json.load_schema()).validate(document)
     assert (
         document["notebooks"][0]["cause"] is None

@@ -197,7 +197,7 @@ def tried(function, *arguments):
         return errno.errorcode[error.errno]
     return "ok"
 
-def restrict(tcp=None, writable=(work, *landlock.DEVICES)):
+def restrict(tcp=None, writable=(work, "/dev")):
     landlock.restrict(readable=landlock.all_but([str(hidden)]), writable=map(str, writable), tcp=tcp)
 """
 

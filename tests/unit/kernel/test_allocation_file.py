@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from safe_exec.kernel.allocation_file import AllocationFile, lines_of
-from safe_exec.kernel.cell_code import CellCode
+from tests.unit.kernel.cells import code_of_files
 
 MIB = 1 << 20
-CODE = CellCode.of_files({"/tmp/ipykernel_1/a.py": 4})
+CODE = code_of_files({"/tmp/ipykernel_1/a.py": 4})
 
 
 def stack(line: int) -> list[Any]:

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safe_exec.kernel.cell_code import CellCode
 from safe_exec.kernel.fault_report import (
     dumps,
     fatal_part,
@@ -23,12 +22,13 @@ from safe_exec.kernel.fault_report import (
     parse_threads,
 )
 from safe_exec.model.evidence import FaultReport, Frame
+from tests.unit.kernel.cells import code_of_files
 
 DUMPS = Path(__file__).parent / "dumps"
 VERSIONS = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
 CELL = "/tmp/ipykernel_7/42.py"
-CELLS = CellCode.of_files({CELL: 4})
-NO_CELLS = CellCode.of_files({})
+CELLS = code_of_files({CELL: 4})
+NO_CELLS = code_of_files({})
 
 
 def dump(version: str, mode: str) -> tuple[int, str]:
@@ -253,9 +253,7 @@ ESCAPED = r'  File "/tmp/\xfcn\xef\u20ac\U0001f600/ipykernel_7/42.py", line 2 in
 
 def test_a_cell_in_a_folder_whose_name_is_not_ascii() -> None:
     text = f"Fatal Python error: Aborted\n\nCurrent thread 0x0000000000000009 (most recent call first):\n{ESCAPED}\n"
-    report = parse_fault(
-        text, CellCode.of_files({"/tmp/ünï€😀/ipykernel_7/42.py": 4}), 9, None, None
-    )
+    report = parse_fault(text, code_of_files({"/tmp/ünï€😀/ipykernel_7/42.py": 4}), 9, None, None)
     assert report is not None and brief(report.stack) == [("<module>", 2, 4)]
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from safe_exec.kernel.cell_code import CellCode
 from safe_exec.kernel.native_stack import (
     NOT_HELD,
     NOT_READ,
@@ -19,8 +18,9 @@ from safe_exec.kernel.native_stack import (
     with_innermost,
 )
 from safe_exec.model.evidence import FaultReport, FaultSite, NativeFrame
+from tests.unit.kernel.cells import code_of_files
 
-CELLS = CellCode.of_files({"/tmp/ipykernel_1/a.py": 4})
+CELLS = code_of_files({"/tmp/ipykernel_1/a.py": 4})
 C_FRAME: dict[str, Any] = {
     "function": "strlen",
     "library": "/usr/lib/libc.so.6",

@@ -45,7 +45,7 @@ from safe_exec.model.verdict import (
 )
 from safe_exec.reports import json_text, schemas
 from safe_exec.reports.json_text import plain
-from safe_exec.reports.verdict_json import dumps, from_document, load_schema, loads, to_document
+from safe_exec.reports.verdict_json import dumps, from_document, load_schema, loads
 from tests.unit.builders import (
     every_verdict,
     make_cause,
@@ -112,12 +112,12 @@ def test_the_schema_is_a_schema() -> None:
 def test_every_verdict_obeys_the_schema_and_comes_back(verdict: Verdict) -> None:
     document = json.loads(dumps(verdict))
     assert errors_of(document) == []
-    assert document == to_document(verdict)
+    assert document == plain(verdict)
     assert from_document(document) == verdict
 
 
 def test_the_keys_are_those_of_the_contract_in_its_order() -> None:
-    assert list(to_document(make_verdict())) == CONTRACT_KEYS
+    assert list(plain(make_verdict())) == CONTRACT_KEYS
     assert SCHEMA["required"] == CONTRACT_KEYS == list(SCHEMA["properties"])
 
 
@@ -147,7 +147,7 @@ def test_every_status_has_its_exit_code_in_the_schema() -> None:
     assert said == {status.value: status.exit_code for status in Status}
 
 
-ENVIRONMENT = to_document(make_verdict())["environment"]
+ENVIRONMENT = plain(make_verdict())["environment"]
 BROKEN = [
     ("a wrong exit code", {"exit_code": 0}),
     ("no such status", {"status": "crashed"}),
@@ -155,7 +155,7 @@ BROKEN = [
     ("a local time", {"started": "2026-01-01T12:00:00+02:00"}),
     (
         "a limit with a unit",
-        {"limits": {**to_document(make_verdict())["limits"], "memory": "1 GiB"}},
+        {"limits": {**plain(make_verdict())["limits"], "memory": "1 GiB"}},
     ),
     ("a kernel that died of nothing", {"cause": None}),
     ("a positive signal", {"cause": {**plain(make_cause()), "signal": 9}}),
@@ -197,16 +197,16 @@ BROKEN = [
     "change", [change for _, change in BROKEN], ids=[name for name, _ in BROKEN]
 )
 def test_the_schema_refuses(change: dict[str, Any]) -> None:
-    assert errors_of({**to_document(make_verdict()), **change})
+    assert errors_of({**plain(make_verdict()), **change})
 
 
 def test_the_schema_refuses_a_cause_of_a_passed_run() -> None:
-    assert errors_of({**to_document(make_verdict(Status.PASSED)), "cause": plain(make_cause())})
+    assert errors_of({**plain(make_verdict(Status.PASSED)), "cause": plain(make_cause())})
 
 
 @pytest.mark.parametrize("key", CONTRACT_KEYS)
 def test_the_schema_asks_for_every_key(key: str) -> None:
-    document = to_document(make_verdict())
+    document = plain(make_verdict())
     del document[key]
     assert errors_of(document)
 
@@ -238,7 +238,7 @@ WRONG_CULPRITS = [
     "change", [change for _, change in WRONG_CULPRITS], ids=[name for name, _ in WRONG_CULPRITS]
 )
 def test_the_schema_refuses_culprits_with(change: dict[str, Any]) -> None:
-    document = to_document(make_verdict(culprits=make_culprits()))
+    document = plain(make_verdict(culprits=make_culprits()))
     assert errors_of(document) == []
     assert errors_of({**document, "culprits": {**document["culprits"], **change}})
 
@@ -247,20 +247,20 @@ def test_the_schema_refuses_culprits_with(change: dict[str, Any]) -> None:
     "key", sorted(set(Culprits.__struct_fields__) - schemas.OPTIONAL["Culprits"])
 )
 def test_the_schema_asks_for_every_key_of_culprits(key: str) -> None:
-    document = to_document(make_verdict(culprits=make_culprits()))
+    document = plain(make_verdict(culprits=make_culprits()))
     del document["culprits"][key]
     assert errors_of(document)
 
 
 @pytest.mark.parametrize("stopped", Stopped)
 def test_a_search_may_find_nothing(stopped: Stopped) -> None:
-    document = to_document(make_verdict(culprits=nothing_found(stopped)))
+    document = plain(make_verdict(culprits=nothing_found(stopped)))
     assert errors_of(document) == []
     assert document["culprits"]["cells"] == [] and document["culprits"]["stopped"] == stopped.value
 
 
 def test_a_passed_run_has_no_culprits() -> None:
-    assert errors_of(to_document(make_verdict(Status.PASSED, culprits=make_culprits())))
+    assert errors_of(plain(make_verdict(Status.PASSED, culprits=make_culprits())))
 
 
 def test_what_json_cannot_hold_becomes_null_or_an_escape() -> None:
@@ -314,7 +314,7 @@ def test_the_text_is_utf8_indented_and_ends_with_a_newline() -> None:
     ],
 )
 def test_reading_back_names_what_does_not_fit(change: dict[str, Any], said: str) -> None:
-    document = {**to_document(make_verdict()), **change}
+    document = {**plain(make_verdict()), **change}
     with pytest.raises(ValueError, match=said) as from_values:
         from_document(document)
     with pytest.raises(ValueError, match=said) as from_text:
@@ -323,7 +323,7 @@ def test_reading_back_names_what_does_not_fit(change: dict[str, Any], said: str)
 
 
 def test_a_whole_number_is_a_fine_number_of_seconds() -> None:
-    document = to_document(make_verdict())
+    document = plain(make_verdict())
     document["limits"]["cell_timeout"] = 30
     assert from_document(document).limits.cell_timeout == 30.0
 
