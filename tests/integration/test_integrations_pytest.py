@@ -345,6 +345,7 @@ def test_installed_and_not_asked_for_it_costs_nothing() -> None:
     assert set(done.stdout.split()) == {
         "safe_exec",
         "safe_exec.integrations",
+        "safe_exec.integrations.pytest_options",
         "safe_exec.integrations.pytest_plugin",
         "safe_exec.limits",
         "safe_exec.limits.spec",

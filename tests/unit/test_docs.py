@@ -21,7 +21,7 @@ import yaml
 import safe_exec
 from safe_exec import api
 from safe_exec.cli.main import COMMANDS
-from safe_exec.integrations.pytest_plugin import ISOLATION
+from safe_exec.integrations.pytest_options import ISOLATION
 from safe_exec.limits import isolation
 from safe_exec.model import events
 from safe_exec.model.limits import Isolation, LimitName, Limits, Mechanism, Wall

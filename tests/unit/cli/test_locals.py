@@ -14,7 +14,7 @@ import safe_exec.workflows.retry
 from safe_exec import api
 from safe_exec.cli import batch
 from safe_exec.cli.options.job import JobOptions, job_of
-from safe_exec.integrations import pytest_plugin
+from safe_exec.integrations import pytest_options, pytest_plugin
 from tests.support import make_notebook
 
 
@@ -59,13 +59,13 @@ def test_pytest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(safe_exec.workflows.retry, "run_with_retries", note)
     parser = pytest.Parser(_ispytest=True)
-    pytest_plugin.pytest_addoption(parser)
+    pytest_options.add_options(parser)
     options = parser.parse(["--safe-exec-locals", f"--safe-exec-out={tmp_path}"])
     config: Any = SimpleNamespace(
         getoption=partial(getattr, options), invocation_params=SimpleNamespace(dir=tmp_path)
     )
     item: Any = SimpleNamespace(
-        _settings=pytest_plugin._settings(config),
+        _settings=pytest_options.settings_of(config),
         _stem=lambda: tmp_path / "nb",
         _environment=dict,
         path=tmp_path / "nb.ipynb",
