@@ -1,7 +1,7 @@
 """Finds the culprits of a failed run.
 
-States the problem, drives the search, reduces the culprit cells. The pure search yields queries,
-and the oracle answers them by running trials. May import the other parts of ``experiments``, trial
+Drives the search, and reduces the culprit cells. The pure search yields queries, and the oracle
+answers them by running trials. May import the other parts of ``experiments``, trial
 and notebook.
 """
 
@@ -22,6 +22,7 @@ from safe_exec.experiments.culprits.failure import MEMORY
 from safe_exec.experiments.culprits.minimizer import search
 from safe_exec.experiments.culprits.oracle.memory_trial import ObservedTrial
 from safe_exec.experiments.culprits.oracle.oracle import Oracle
+from safe_exec.experiments.culprits.problem import SearchedRun
 from safe_exec.experiments.culprits.protocol import (
     Outcome,
     Problem,
@@ -33,24 +34,11 @@ from safe_exec.experiments.culprits.protocol import (
 from safe_exec.experiments.culprits.reduction import Reduction
 from safe_exec.experiments.culprits.roles import CulpritSet, culprits_of, look_first
 from safe_exec.experiments.driver import drive
-from safe_exec.experiments.static_analysis.dependencies import Dependencies
-from safe_exec.experiments.static_analysis.frame_reads import is_caught, names_read_at
 from safe_exec.limits.isolation import as_metadata
 from safe_exec.model import events
 from safe_exec.model.events import EventSink
-from safe_exec.model.verdict import CauseKind, CellStatus, Culprits, Verdict
+from safe_exec.model.verdict import Culprits, Verdict
 
-# Causes that depend on the layout of memory, on how much of it threads take at a time, or on the
-# outside.
-ERRATIC = MEMORY | {
-    CauseKind.SEGFAULT,
-    CauseKind.ABORT,
-    CauseKind.KILLED,
-    CauseKind.TERMINATED,
-    CauseKind.UNKNOWN,
-}
-# How much is added to the suspicion of a cell that passes a name of the slice to other code.
-WEAK = 0.5
 # The reduction of the reproduction goes on until the search has taken this many times the first
 # run, and at least this many seconds.
 MOST_FIRST_RUNS = 2.0
@@ -61,9 +49,6 @@ HANG_SLACK_SECONDS, HANG_SETTLE_SECONDS = 5.0, 1.5
 # The trial that confirms a reduced reproduction lasts this share of the timeout at least.
 HANG_SHARE = 0.9
 _Result = TypeVar("_Result")
-
-# Only cells that ran can have contributed to the failure.
-RAN = (CellStatus.PASSED, CellStatus.FAILED, CellStatus.KILLED)
 
 
 class FirstRun(Struct, frozen=True, kw_only=True):
@@ -91,21 +76,9 @@ class Investigation:
 
     def __init__(self, first_run: FirstRun, oracle: Oracle) -> None:
         self.first_run, self.oracle = first_run, oracle
-        verdict = first_run.verdict
-        assert verdict.crash_cell is not None
-        self.crash = verdict.crash_cell
-        self.records = {record.index: record for record in verdict.cells}
-        # Skipped cells cannot contribute, and the crash cell is added last.
-        ran = [
-            r.index
-            for r in verdict.cells
-            if r.index <= self.crash.index and r.status in RAN and r.index != self.crash.index
-        ]
-        self.order = (*ran, self.crash.index)
-        self.sources = {index: str(first_run.node.cells[index].source) for index in self.order}
-        self.dependencies = Dependencies.of_sources(
-            [self.sources[i] for i in self.order], language=verdict.notebook.language
-        )
+        self.searched = searched = SearchedRun.of(first_run.verdict, first_run.node)
+        self.crash, self.records, self.order = searched.crash, searched.records, searched.order
+        self.sources, self.dependencies = searched.sources, searched.dependencies
         self.number = 0
         self.start_time = time.monotonic()
         # The reduction that was made while the run that confirms these cells went on.
@@ -147,105 +120,14 @@ class Investigation:
         )
 
     def problem(self) -> Problem:
-        """State the search problem from the first run and the source code, without any trial."""
-        index_of = dict(enumerate(self.order))
-        crash = len(self.order) - 1
-        strong, weak = (
-            self.dependencies.slice_of(crash),
-            self.dependencies.slice_of(crash, weak=True),
+        """State the search problem."""
+        subject = self.oracle.subject
+        return self.searched.problem(
+            budget=self.remaining(),
+            recognition_seconds=self.oracle.recognition_seconds(),
+            # The crash cell may continue after an error, or the failure may occur in any cell.
+            stops_at_errors=not (subject.failure.moves or subject.request.allow_errors),
         )
-        side_effect_risks = self.dependencies.side_effect_risks()
-        resource_use, limit = self.resource_use()
-        seconds, fresh_seconds = self.seconds_of_cells()
-        frame_names = self.names_in_frames()
-
-        def stops_at(cells: frozenset[int]) -> int | None:
-            positions = [n for n, index in index_of.items() if index in cells]
-            missing = self.dependencies.surely_missing(
-                positions, crash=crash, crash_line=self.crash.line
-            )
-            if missing is not None:
-                return index_of[missing[0]]
-            return self.crash.index if self.dependencies.lack_any(positions, frame_names) else None
-
-        def definers(name: str, cell: int) -> tuple[int, ...]:
-            return tuple(
-                index_of[n] for n in self.dependencies.definers(name, self.order.index(cell))
-            )
-
-        return Problem(
-            cells=self.order,
-            slice=frozenset(index_of[n] for n in strong),
-            needs={
-                index_of[n]: frozenset(index_of[m] for m in self.dependencies.needs(n))
-                for n in range(len(self.order))
-            },
-            definers=definers,
-            predicted_stop=stops_at,
-            side_effect_risk={
-                index_of[n]: s + (WEAK if n in weak else 0.0)
-                for n, s in enumerate(side_effect_risks)
-            },
-            resource_use=resource_use,
-            limit=limit,
-            seconds=seconds,
-            fresh_seconds=fresh_seconds,
-            start_seconds=min(
-                (r.started for r in self.records.values() if r.started is not None), default=0.0
-            ),
-            erratic=self.first_run.verdict.cause is not None
-            and self.first_run.verdict.cause.kind in ERRATIC,
-            budget=self.first_run.budget - (time.monotonic() - self.start_time),
-        )
-
-    def seconds_of_cells(self) -> tuple[dict[int, float], float]:
-        """Return the seconds that each cell takes in a trial, and those that a fresh run adds."""
-        seconds = {index: self.records[index].seconds or 0.0 for index in self.order}
-        recognition = self.oracle.recognition_seconds()
-        full = seconds[self.crash.index]
-        if recognition is None or recognition >= full:
-            return seconds, 0.0
-        return seconds | {self.crash.index: recognition}, full - recognition
-
-    def names_in_frames(self) -> dict[int, frozenset[str]]:
-        """Return, by cell position, the names that the stack frames of the crash had just read.
-
-        A run that lacks one of these names cannot fail the same way. The result is empty if the
-        crash cell may continue after an error, or if the failure may occur in any cell.
-        """
-        if self.oracle.subject.failure.moves or self.oracle.subject.request.allow_errors:
-            return {}
-        lines = [
-            (self.crash.index, self.crash.line),
-            *((frame.cell, frame.line) for frame in reversed(self.crash.stack)),
-        ]
-        names: dict[int, frozenset[str]] = {}
-        for index, line in lines:
-            if index is None or line is None:
-                # A library's frame.
-                continue
-            if index not in self.sources or is_caught(self.sources[index], line):
-                # A NameError further in may be caught here.
-                break
-            position = self.order.index(index)
-            names[position] = names.get(position, frozenset()) | names_read_at(
-                self.sources[index], line
-            )
-        return names
-
-    def resource_use(self) -> tuple[Mapping[int, float] | None, float | None]:
-        """Return how much of the exhausted resource each cell used, and how much was available."""
-        assert self.first_run.verdict.cause is not None
-        kind, limits = self.first_run.verdict.cause.kind, self.first_run.verdict.limits
-        if kind in MEMORY and limits.memory is not None:
-            return {i: float(self.records[i].memory_kept or 0) for i in self.order}, float(
-                limits.memory
-            )
-        if kind is CauseKind.NOTEBOOK_TIMEOUT and limits.timeout is not None:
-            return {i: self.records[i].seconds or 0.0 for i in self.order}, limits.timeout
-        if kind is CauseKind.CPU_TIME and limits.cpu_time is not None:
-            return {i: self.records[i].cpu_seconds or 0.0 for i in self.order}, limits.cpu_time
-        return None, None
 
     # --- driving ----------------------------------------------------------------------------------
 
