@@ -171,11 +171,11 @@ class Snapshots:
             except OSError:
                 pass
 
-    def is_due(self, now):
+    def is_due(self, moment):
         """Tell whether copies have taken little enough of the time so far."""
         if self.last_seconds <= SHORT_SECONDS:
             return True
-        return self.seconds <= SHARE_OF_TIME * (now - self.began)
+        return self.seconds <= SHARE_OF_TIME * (moment - self.began)
 
     def leave(self, kernel):
         """Leave a copy behind; return why there is none, or ""."""
