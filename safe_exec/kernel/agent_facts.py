@@ -91,21 +91,21 @@ class AgentFacts:
         self._cells: dict[int, str] = {}
         self._numbers: dict[str, int] = {}
         # The indexes of cells that the kernel ran before it was copied.
-        self._earlier: dict[int, int] = {}
+        self._origin_cells: dict[int, int] = {}
         self.code = CellCode(self.index_of)
         self._pipes: dict[str, int] = {}
 
-    def follow(self, earlier: AgentFacts, cell: int) -> None:
+    def follow(self, origin: AgentFacts, cell: int) -> None:
         """Know what the kernel told before it was copied: its cells, and actions on itself.
 
         It was copied before the cell with the index ``cell``, whose number is given again.
         """
-        for number in {*earlier._earlier, *earlier._cells}:
-            index = earlier.index_of(number)
+        for number in {*origin._origin_cells, *origin._cells}:
+            index = origin.index_of(number)
             if index is not None and index < cell:
-                self._earlier[number] = index
-        self.code.follow(earlier.code, self._earlier.keys())
-        self.own_actions, self.hosts = earlier.own_actions, list(earlier.hosts)
+                self._origin_cells[number] = index
+        self.code.follow(origin.code, self._origin_cells.keys())
+        self.own_actions, self.hosts = origin.own_actions, list(origin.hosts)
 
     def take(self, facts: socket.socket) -> bool:
         """Receive the facts that have arrived; false at the end of the socket."""
@@ -214,7 +214,7 @@ class AgentFacts:
             and msg_id in self.client.cells_by_request
             and msg_id not in self._numbers
             and number not in self._cells
-            and number not in self._earlier
+            and number not in self._origin_cells
         ):
             self._cells[number] = msg_id
             self._numbers[msg_id] = number
@@ -227,8 +227,8 @@ class AgentFacts:
 
     def index_of(self, number: int) -> int | None:
         """Return the notebook's cell index for the agent's number of a cell."""
-        if number in self._earlier:
-            return self._earlier[number]
+        if number in self._origin_cells:
+            return self._origin_cells[number]
         msg_id = self._cells.get(number)
         return self.client.cells_by_request.get(msg_id) if self.client and msg_id else None
 

@@ -52,11 +52,11 @@ class CellCode:
         self._sources: dict[str, list[Source]] = {}
         self._count = 0
 
-    def follow(self, earlier: CellCode, cells: Collection[int]) -> None:
+    def follow(self, origin: CellCode, cells: Collection[int]) -> None:
         """Know the sources of some cells of the kernel of which this one is a copy."""
-        for name, known in earlier._sources.items():
-            self._sources[name] = [source for source in known if source.cell in cells]
-        self._count = earlier._count
+        for name, sources_of_name in origin._sources.items():
+            self._sources[name] = [source for source in sources_of_name if source.cell in cells]
+        self._count = origin._count
 
     def add(self, name: str, source: Source) -> None:
         """Add a source; those beyond MOST_SOURCES are ignored."""

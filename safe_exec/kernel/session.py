@@ -172,7 +172,7 @@ class KernelSession:
         judge = watchdog.judge if watchdog is not None else None
         self._tree = tree
         self.meter = Meter(
-            self.plan, self.keeper_pid, self.pid, tree, judge, before=sandbox.counters_before
+            self.plan, self.keeper_pid, self.pid, tree, judge, origin=sandbox.counters_before
         )
         self._watch()
         if self.instrumented and self.agent_channels is not None:

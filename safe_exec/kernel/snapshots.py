@@ -169,13 +169,13 @@ class SleepingKernel:
             "tracer": os.getpid() if has_pystack() else None,
         }
         theirs = channels.pass_fds
-        sent = await self._snapshot.channel.send_with(
+        is_sent = await self._snapshot.channel.send_with(
             (theirs["page"], theirs["facts"], *descriptors), **message
         )
         channels.handed_over()
         for descriptor in descriptors:
             os.close(descriptor)
-        reply = await self._reply() if sent else {}
+        reply = await self._reply() if is_sent else {}
         self._snapshot.channel.close()
         if not reply.get("woken"):
             channels.close()

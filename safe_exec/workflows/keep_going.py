@@ -189,13 +189,13 @@ async def _continue(
     request = trials.request
     while progress.can_continue() and not request.cancellation.signals:
         progress.skip_dependents(prepared.fresh_node(), prepared.skipped)
-        left = progress.cells_left()
-        if not left:
+        cells_left = progress.cells_left()
+        if not cells_left:
             break
         offset = progress.usage.wall_seconds or 0.0
         omitted = progress.failed() | progress.reasons.keys()
         trial, result = await trials.run(
-            frozenset(progress.records) - omitted, _with_offset(request.sink, left, offset)
+            frozenset(progress.records) - omitted, _with_offset(request.sink, cells_left, offset)
         )
         for index in progress.add(verdict_of(trial, result), offset):
             request.node.cells[index] = result.node.cells[index]

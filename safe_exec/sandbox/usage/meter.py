@@ -52,23 +52,23 @@ class Counters(Struct, frozen=True, kw_only=True):
     tasks_peak: int | None = None
     cpu_seconds: float | None = None
 
-    def since(self, earlier: Counters) -> Counters:
-        """Return what was counted after ``earlier``.
+    def since(self, origin: Counters) -> Counters:
+        """Return what was counted after ``origin``.
 
         A peak is unknown if it may be an earlier one.
         """
-        kills = _minus(self.oom_kills, earlier.oom_kills)
+        kills = _minus(self.oom_kills, origin.oom_kills)
         # A kill for memory says that the limit was reached again.
-        has_peak = bool(kills) or _is_higher(self.memory_peak_raw, earlier.memory_peak_raw)
-        has_tasks = _is_higher(self.tasks_peak, earlier.tasks_peak)
+        has_peak = bool(kills) or _is_higher(self.memory_peak_raw, origin.memory_peak_raw)
+        has_tasks = _is_higher(self.tasks_peak, origin.tasks_peak)
         return replace(
             self,
             oom_kills=kills,
             memory_peak_raw=self.memory_peak_raw if has_peak else None,
             tasks_peak=self.tasks_peak if has_tasks else None,
-            limit_hits=_minus(self.limit_hits, earlier.limit_hits),
-            fork_refusals=_minus(self.fork_refusals, earlier.fork_refusals),
-            cpu_seconds=_minus(self.cpu_seconds, earlier.cpu_seconds),
+            limit_hits=_minus(self.limit_hits, origin.limit_hits),
+            fork_refusals=_minus(self.fork_refusals, origin.fork_refusals),
+            cpu_seconds=_minus(self.cpu_seconds, origin.cpu_seconds),
         )
 
 
@@ -139,13 +139,13 @@ class Meter:
         tree: ProcessTree | None = None,
         on_use: Callable[[TreeUse], None] | None = None,
         *,
-        before: Counters | None = None,
+        origin: Counters | None = None,
     ) -> None:
         """Open the counter files; ``on_use`` is called with each reading of the processes.
 
-        ``before`` are the counters of an earlier kernel in the same groups, which do not count.
+        ``origin`` are the counters of an earlier kernel in the same groups, which do not count.
         """
-        self._before = before or Counters()
+        self._origin = origin or Counters()
         self._plan = plan
         self._on_use = on_use
         files = {Path(path).name: Path(path) for path in plan.cgroup.counter_files}
@@ -229,12 +229,12 @@ class Meter:
 
     def _read_cpu(self) -> float | None:
         assert self._cpu is not None
-        return _minus(_cpu_seconds(self._cpu.read()), self._before.cpu_seconds)
+        return _minus(_cpu_seconds(self._cpu.read()), self._origin.cpu_seconds)
 
     def oom_kills(self) -> int | None:
         """Read only the number of OOM kills, from one small file."""
         kills = _entry((self._kills.read() if self._kills else None) or b"", b"oom_kill")
-        return _minus(kills, self._before.oom_kills)
+        return _minus(kills, self._origin.oom_kills)
 
     def bound_hit(self) -> Bound | None:
         """Return the nearest ancestor's limit that was hit since this meter was made."""
@@ -290,7 +290,7 @@ class Meter:
     def counters(self) -> Counters:
         """Read the counters of the cgroups."""
         texts = {str(path): _text(path) for path in self._files.values()}
-        return parse_counters(texts).since(self._before)
+        return parse_counters(texts).since(self._origin)
 
 
 def parse_counters(texts: Mapping[str, str | None]) -> Counters:
@@ -308,14 +308,14 @@ def parse_counters(texts: Mapping[str, str | None]) -> Counters:
     )
 
 
-def _minus(value: _Number | None, earlier: _Number | None) -> _Number | None:
-    if value is None or earlier is None:
+def _minus(value: _Number | None, subtrahend: _Number | None) -> _Number | None:
+    if value is None or subtrahend is None:
         return value
-    return value - earlier if value > earlier else value - value
+    return value - subtrahend if value > subtrahend else value - value
 
 
-def _is_higher(value: int | None, earlier: int | None) -> bool:
-    return value is not None and (earlier is None or value > earlier)
+def _is_higher(value: int | None, other: int | None) -> bool:
+    return value is not None and (other is None or value > other)
 
 
 def _entry(text: bytes, key: bytes) -> int | None:
