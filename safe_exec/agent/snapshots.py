@@ -16,6 +16,8 @@ import asyncio
 import json
 import mmap
 import os
+import select
+import signal
 import socket
 import sys
 import time
@@ -28,13 +30,14 @@ MESSAGE_BYTES = 160_000
 # The descriptors that come with the message that wakes a copy, in this order.
 DESCRIPTORS = ("page", "facts", "stderr", "fault")
 SETUP_SECONDS = 2.0
-# A copy takes milliseconds. If it takes longer, copies get at most this share of the time.
-SHORT_SECONDS = 0.02
-SHARE_OF_TIME = 0.03
+# Copies take at most this share of the time since the first cell, and these seconds. A copy takes
+# milliseconds, with many gigabytes of memory a few hundred.
+SHARE_OF_TIME, FIRST_SECONDS = 0.03, 1.0
 
 
 # More files take too long to look at before each cell.
 MOST_FILES = 3000
+LONGEST_CHANGE = 200
 # Events of changes of files and of programs that are started (the table of audit events in Python's
 # documentation). The path comes first.
 CHANGES = frozenset(
@@ -96,12 +99,14 @@ class Snapshots:
         self.channel = None
         # The state before the first cell: all others belong to the notebook.
         self.own, self.threads = None, frozenset()
+        # Threads of the notebook that have outlived a fork.
+        self.lasting = frozenset()
         self.watched, self.unwatched = (), ()
         self.streams = ()
         # Read by the copy: the kernel has ended by then.
         self.changed = mmap.mmap(-1, mmap.PAGESIZE)
         self.began = 0.0
-        self.seconds = self.last_seconds = 0.0
+        self.seconds = 0.0
 
     def before_cell(self, kernel):
         """Leave a copy behind, unless its state does not survive a fork."""
@@ -118,8 +123,7 @@ class Snapshots:
         except Exception as error:
             # The run goes on; only a failure is followed by a run from the start.
             self.give_up("{}: {}".format(type(error).__name__, error)[:200])
-        self.last_seconds = time.monotonic() - start
-        self.seconds += self.last_seconds
+        self.seconds += time.monotonic() - start
 
     def note(self, event, args):
         """Record that the running cell changes something outside of the watched folders."""
@@ -128,8 +132,10 @@ class Snapshots:
         except Exception:
             # Strange arguments are the notebook's to fail with.
             is_harmless = False
-        if not is_harmless:
-            self.changed[0] = 1
+        if not is_harmless and not self.changed[0]:
+            text = " ".join([event, *map(str, args[:1])])[:LONGEST_CHANGE]
+            data = text.encode("utf-8", "replace")[:LONGEST_CHANGE]
+            self.changed[: len(data)] = data
 
     def is_harmless(self, event, args):
         """Tell whether an event changes nothing, or only what is looked at anyway."""
@@ -140,6 +146,8 @@ class Snapshots:
             return True
         if event in ("subprocess.Popen", "os.system") or not isinstance(path, (bytes, str)):
             return False
+        if looks_for_temporary_directory(sys._getframe(1)):
+            return True
         place = os.path.realpath(os.fsdecode(path))
         return BYTECODE in place or place.startswith((*self.watched, *self.unwatched, *HARMLESS))
 
@@ -173,20 +181,19 @@ class Snapshots:
 
     def is_due(self, moment):
         """Tell whether copies have taken little enough of the time so far."""
-        if self.last_seconds <= SHORT_SECONDS:
-            return True
-        return self.seconds <= SHARE_OF_TIME * (moment - self.began)
+        return self.seconds <= FIRST_SECONDS + SHARE_OF_TIME * (moment - self.began)
 
     def leave(self, kernel):
         """Leave a copy behind; return why there is none, or ""."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        if self.lasting & thread_ids():
+            return "threads"
         reason = why_not_branchable(self.own, loop, self.channel.fileno(), is_kernels=is_kernels)
         if reason:
             return reason
         files = self.files()
         if files is None:
             return "too many files to watch"
-        self.changed[0] = 0
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.settimeout(SETUP_SECONDS)
         try:
@@ -194,18 +201,19 @@ class Snapshots:
             if not pid:
                 self.sleep(kernel, (loop, task), files, theirs)
             theirs.close()
-            try:
-                # The notebook must not find a child that it did not make: this one has ended.
-                os.waitpid(pid, 0)
-            except ChildProcessError:
-                # It ignores SIGCHLD, so the system has taken the status.
-                pass
+            if not await_child(pid):
+                # A handler of a library hangs in it (pthread_atfork(3)).
+                self.is_given_up = True
+                return "a library that cannot be forked"
             # Threads of libraries that prepare for a fork end while it is made (OpenBLAS).
-            if thread_ids() - self.threads:
+            self.lasting = thread_ids() - self.threads
+            if self.lasting:
                 return "threads"
             sleeping = json.loads(ours.recv(MESSAGE_BYTES))
             text = json.dumps({"snapshot": request_of(kernel), "pid": sleeping["pid"]}).encode()
             socket.send_fds(self.channel, [text], [ours.fileno()])
+            # Until then the copy before this one is the newest, and must know what changed since.
+            self.changed[:] = bytes(len(self.changed))
         finally:
             ours.close()
         return ""
@@ -229,8 +237,11 @@ class Snapshots:
             data, descriptors, _, _ = socket.recv_fds(channel, MESSAGE_BYTES, len(DESCRIPTORS))
             if not data:
                 os._exit(0)
-            if self.changed[0] or self.files() != files:
-                tell(channel, changed=True)
+            changed = self.changed[:].rstrip(b"\0").decode("utf-8", "replace")
+            if not changed and self.files() != files:
+                changed = "in the notebook's folder"
+            if changed:
+                tell(channel, changed=changed)
                 os._exit(0)
             self.is_ready = False
             message = json.loads(data)
@@ -240,6 +251,35 @@ class Snapshots:
             tell(channel, failed="{}: {}".format(type(error).__name__, error)[:500])
         finally:
             os._exit(code)
+
+
+def looks_for_temporary_directory(frame):
+    """Tell whether ``tempfile`` tries where it may write; it removes that file at once."""
+    while frame is not None:
+        if frame.f_code.co_name == "_get_default_tempdir":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def await_child(pid):
+    """Wait for the end of a child, so that the notebook finds none; false if it hangs."""
+    in_time = True
+    try:
+        pidfd = os.pidfd_open(pid)
+        try:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            in_time = bool(poll.poll(1000 * SETUP_SECONDS))
+            if not in_time:
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        finally:
+            os.close(pidfd)
+    except (ChildProcessError, ProcessLookupError):
+        # The notebook ignores SIGCHLD, so the system has taken the status.
+        pass
+    return in_time
 
 
 def own_streams():

@@ -20,6 +20,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from safe_exec.errors import SandboxError
+from safe_exec.files import one_line
 from safe_exec.kernel.agent_facts import AgentFacts
 from safe_exec.kernel.fork_channel import ForkChannel, ForkMessage
 from safe_exec.kernel.launch import AgentChannels, LaunchedKernel, has_pystack
@@ -179,10 +180,7 @@ class SleepingKernel:
         self._snapshot.channel.close()
         if not reply.get("woken"):
             channels.close()
-            changed = "the cell has changed files" if reply.get("changed") else ""
-            self.trouble = changed or str(
-                reply.get("failed", "the copy of the kernel does not answer")
-            )
+            self.trouble = _trouble_of(reply)
             return False
         self._is_awake = True
         connection = {**self._launched.connection, "ip": address}
@@ -209,3 +207,12 @@ class SleepingKernel:
         self._snapshot.channel.close()
         if not self._is_awake:
             self._sandbox.shutdown()
+
+
+def _trouble_of(reply: Mapping[str, Any]) -> str:
+    """Return why a copy was not woken, by its answer."""
+    if reply.get("changed"):
+        return f"the cell has changed files ({one_line(str(reply['changed'])[:LONGEST_REASON])})"
+    return one_line(
+        str(reply.get("failed", "the copy of the kernel does not answer"))[:LONGEST_REASON]
+    )
