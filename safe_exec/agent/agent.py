@@ -67,6 +67,8 @@ class Inside:
         self.census = Census(self)
         self.write_text = None
         self.coverage = NoCoverage()
+        # Of an interactive kernel that can be restored.
+        self.restore_points = None
         self.instrumented = []
         self.missing = {}
         # Memory that holds 0 in a forked child.

@@ -88,4 +88,13 @@ if __name__ == "__main__":
     except runpy._Error as error:
         sys.exit("{}: {}".format(sys.executable, error))
     sys.argv[0] = spec.origin
-    runpy._run_code(code, globals(), None, "__main__", spec)
+    take_over = None
+    try:
+        runpy._run_code(code, globals(), None, "__main__", spec)
+    except SystemExit as error:
+        # A snapshot that is to go on as the kernel has unwound its stack up to here.
+        take_over = getattr(error, "take_over", None)
+        if take_over is None:
+            raise
+    if take_over is not None:
+        take_over()

@@ -14,6 +14,7 @@ from .line_coverage import patch_coverage
 from .output import patch_descriptors, patch_messages, patch_streams
 from .sampler import sample_forever
 from .snapshots import patch_snapshots
+from .restore_points import patch_restore_points
 from .threads import patch_threads
 
 PARTS = (
@@ -34,6 +35,8 @@ PARTS = (
     patch_errors,
     patch_threads,
     patch_coverage,
+    # Last: a snapshot is taken before anything else is done for a cell.
+    patch_restore_points,
 )
 
 

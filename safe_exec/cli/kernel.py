@@ -61,6 +61,11 @@ _SETTING = re.compile(r"--[A-Za-z]\w*\.\w+=")
     show_default=True,
     help="After the kernel died: end, so that the client restarts it, or start a fresh kernel at once.",
 )
+@click.option(
+    "--restore",
+    is_flag=True,
+    help="After the kernel died, go on with the variables from before the cell, if possible (Python on Linux).",
+)
 @click.option("--no-history", is_flag=True, help="Do not record the session.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[--CLASS.TRAIT=VALUE]...")
 def command(
@@ -73,6 +78,7 @@ def command(
     require: str | None,
     mechanisms: str | None,
     on_death: str,
+    restore: bool,
     no_history: bool,
     arguments: tuple[str, ...],
 ) -> int:
@@ -107,6 +113,7 @@ def command(
             require=require,
             mechanisms=mechanism_names(mechanisms),
             on_death=OnDeath(on_death),
+            restores=restore,
             records=not no_history,
             arguments=arguments,
         )

@@ -59,12 +59,14 @@ class SessionOptions(Struct, frozen=True, kw_only=True):
 
     require: str | None = None
     on_death: str | None = None
+    restore: bool = False
     no_history: bool = False
 
     def arguments(self) -> list[str]:
         """Return the arguments of `safe-exec kernel` with the same effect."""
         argv = ["--require", self.require] if self.require else []
         argv += ["--on-death", self.on_death] if self.on_death else []
+        argv += ["--restore"] if self.restore else []
         return [*argv, *(["--no-history"] if self.no_history else [])]
 
 
@@ -79,6 +81,11 @@ session_options = option_group(
             "--on-death",
             type=click.Choice(["exit", "restart"]),
             help="After the kernel died: end, or start a fresh one at once [exit].",
+        ),
+        click.option(
+            "--restore",
+            is_flag=True,
+            help="After the kernel died, go on with the variables from before the cell, if possible.",
         ),
         click.option("--no-history", is_flag=True, help="Do not record sessions."),
     ),

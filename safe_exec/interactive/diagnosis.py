@@ -25,12 +25,31 @@ LOST = (
     "[safe-exec: the kernel was restarted after it died; all variables, imports and open files of"
     " before are lost]\n"
 )
+RESTORED = "the kernel goes on; its variables are as they were before this cell"
 _BOLD, _PLAIN = "\x1b[1m", "\x1b[0m"
 
 
 def idle_death(cause: str) -> str:
     """Return the note on a kernel that died while no cell ran."""
     return f"[safe-exec: the kernel before this one died while no cell ran: {cause}]\n"
+
+
+def idle_restoration() -> str:
+    """Return the note on a kernel that was restored while no cell ran."""
+    return (
+        "[safe-exec: the kernel goes on; its variables are as they were before the last cell, whose"
+        " effects are lost]\n"
+    )
+
+
+def not_restored(reason: str) -> str:
+    """Return the note on a death after which nothing could be restored."""
+    return f"nothing could be restored: {reason}"
+
+
+def snapshots_suspended(reason: str) -> str:
+    """Return the note that no cell can be undone from now on."""
+    return f"[safe-exec: --restore is off from now on: {reason}]\n"
 
 
 class Diagnosis:

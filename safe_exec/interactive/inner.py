@@ -419,6 +419,33 @@ class Inner(Trial):
         evidence, location = collect_evidence(self.state, ending)
         return trial_result(self.state, ending, evidence, location)
 
+    async def restore(self) -> str:
+        """Go on with the state from before the last cell, after the kernel's death.
+
+        Return why that is not possible, empty if it is.
+        """
+        number = self.session.note()
+        failure = "the kernel has run no cell"
+        if number is not None:
+            timeout = self.limits.start_timeout
+            failure = await self.session.restore(number.cell, timeout)
+        if not failure:
+            self.client.asked_to_exit = None
+            self.recovered = []
+            self.waits_for_input = False
+        return failure
+
+    def forget_lost_cells(self) -> None:
+        """Take the cell out of the session in which the kernel died, and those not begun."""
+        running, cells = self.state.current, self.state.request.node.cells
+        lost_index = self.state.metrics.last_run if running is None else running
+        self.state.begin_again()
+        for index, record in self.state.metrics.records.items():
+            if cells[index].cell_type == "code" and (
+                index == lost_index or record.status is CellStatus.NOT_RUN
+            ):
+                self.discount(index)
+
     def close(self) -> None:
         """Kill all processes and remove the sandbox. Can be called again."""
         self._stop_sampling()

@@ -18,7 +18,16 @@ from typing import Any
 
 from msgspec import Struct
 
-from safe_exec.interactive.diagnosis import LOST, Diagnosis, idle_death, session_note
+from safe_exec.interactive.diagnosis import (
+    LOST,
+    RESTORED,
+    Diagnosis,
+    idle_death,
+    idle_restoration,
+    not_restored,
+    session_note,
+    snapshots_suspended,
+)
 from safe_exec.interactive.front import ConnectionFile, Front
 from safe_exec.interactive.inner import Inner, start_error
 from safe_exec.interactive.recording import Recording
@@ -55,7 +64,7 @@ class Waiting(Struct, kw_only=True):
     """A request without a reply yet. ``cell`` is the cell's index, for ``execute_request`` only.
 
     If ``is_held``, ``reply`` and ``idle`` are kept back until the cell's diagnosis is ready.
-    ``has_failed`` tells that the cell has sent an error.
+    ``has_failed`` tells that the cell has sent an error, ``is_lost`` that its kernel has died.
     """
 
     channel: str
@@ -72,6 +81,7 @@ class Waiting(Struct, kw_only=True):
     cell_done: asyncio.Event | None = None
     is_held: bool = False
     has_failed: bool = False
+    is_lost: bool = False
 
 
 class Proxy:
@@ -85,12 +95,13 @@ class Proxy:
         diagnose: Callable[[Inner, Any], Diagnosis],
         recording: Recording | None,
         on_death: OnDeath,
+        restores: bool = False,
         notes: list[str],
         on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self._file = file
         self._make_inner, self._diagnose = make_inner, diagnose
-        self._recording, self._on_death = recording, on_death
+        self._recording, self._on_death, self._restores = recording, on_death, restores
         self._waiting: dict[str, Waiting] = {}
         self._cells: list[str] = []
         self._notes = notes
@@ -100,7 +111,7 @@ class Proxy:
         self._is_ready = False
         self._asked_to_end = False
         self._stop = asyncio.Event()
-        self._stalled = self._linger = self._restarted = False
+        self._stalled = self._linger = self._restarted = self._is_restored = False
         self._code: int | None = None
         self._front: Front | None = None
 
@@ -146,20 +157,12 @@ class Proxy:
         return self._code
 
     async def _live(self) -> None:
-        """Run one kernel from its start to its death."""
-        self._inner = self._make_inner(self._from_kernel)
-        self._inner.hold = self._holds
-        starting = asyncio.ensure_future(self._inner.start())
-        if not await self._unless_stopped(starting):
+        """Run one kernel from its start, or from its restoration, to its death."""
+        if not self._is_restored and not await self._start():
             self._code = 0
             return
-        ending = starting.result()
-        if ending is not None:
-            raise start_error(ending)
-        if self._front is None:
-            # A client that gets a late answer to its heartbeat takes the kernel for dead. So listen
-            # only once all imports are done and the kernel is up.
-            self._front = Front(self._file, on_message=self._from_client, paused=self._is_paused)
+        self._is_restored = False
+        assert self._inner is not None
         self._inner.attach()
         self._is_ready = True
         if self._restarted:
@@ -175,6 +178,32 @@ class Proxy:
         await self._inner.drained()
         self._is_ready = False
         await self._explain_end(self._inner)
+
+    async def _start(self) -> bool:
+        """Start a kernel; false if a signal told us to stop first."""
+        self._inner = self._make_inner(self._from_kernel)
+        self._inner.hold = self._holds
+        starting = asyncio.ensure_future(self._inner.start())
+        if not await self._unless_stopped(starting):
+            return False
+        ending = starting.result()
+        if ending is not None:
+            raise start_error(ending)
+        if self._restores:
+            self._watch_snapshots(self._inner)
+        if self._front is None:
+            # A client that gets a late answer to its heartbeat takes the kernel for dead. So listen
+            # only once all imports are done and the kernel is up.
+            self._front = Front(self._file, on_message=self._from_client, paused=self._is_paused)
+        return True
+
+    def _watch_snapshots(self, inner: Inner) -> None:
+        """Say in the next cell when the kernel takes no more snapshots."""
+        snapshots = inner.session.restore_points
+        if snapshots is None:
+            self._notes.append(snapshots_suspended("only Python kernels on Linux support it"))
+        else:
+            snapshots.on_suspended = lambda reason: self._notes.append(snapshots_suspended(reason))
 
     async def _unless_stopped(self, task: asyncio.Future[Any]) -> bool:
         """Wait for a task; false if a signal told us to stop first."""
@@ -432,7 +461,7 @@ class Proxy:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(step):
                     await cell_done.wait()
-            if cell_done.is_set() or inner.session.died.is_set():
+            if cell_done.is_set() or inner.session.died.is_set() or waiting.is_lost:
                 return
             if not inner.waits_for_input:
                 remaining -= step
@@ -459,7 +488,12 @@ class Proxy:
         self._finish(msg_id, waiting)
 
     def _publish_error(
-        self, waiting: Waiting, diagnosis: Diagnosis, *, survived: bool
+        self,
+        waiting: Waiting,
+        diagnosis: Diagnosis,
+        *,
+        survived: bool,
+        notes: tuple[str, ...] = (),
     ) -> dict[str, Any]:
         assert waiting.cell is not None
         source = self.inner.state.request.node.cells[waiting.cell].source
@@ -467,7 +501,7 @@ class Proxy:
         path = None
         if self._recording is not None:
             path = self._recording.write_notebook(diagnosis.verdict, node, survived=survived)
-        error = diagnosis.error(source, session_note(path))
+        error = diagnosis.error(source, [*notes, *session_note(path)])
         self.front.announce("error", error, waiting.header)
         return error
 
@@ -480,10 +514,15 @@ class Proxy:
             self._code = 0
             return
         self._skip_ended_cells(inner)
+        for request in self._waiting.values():
+            request.is_lost = True
         msg_id = self._cells[0] if self._cells else None
         waiting = self._waiting.get(msg_id) if msg_id is not None else None
         diagnosis = await self._last_word(inner, waiting)
         self._answer_pending_requests(waiting)
+        if self._is_restored:
+            self._go_on(inner, diagnosis, is_shown=waiting is not None)
+            return
         inner.close()
         status = diagnosis.verdict.status
         self._linger = waiting is not None
@@ -495,6 +534,25 @@ class Proxy:
             self._recording.restarted()
         self._restarted = True
         self.front.announce("status", {"execution_state": "restarting"})
+
+    def _go_on(self, inner: Inner, diagnosis: Diagnosis, *, is_shown: bool) -> None:
+        """Go on with the restored kernel."""
+        inner.forget_lost_cells()
+        if not is_shown:
+            self._notes += [_idle_death(diagnosis.verdict), idle_restoration()]
+        if self._recording is not None:
+            self._recording.drop_last()
+
+    async def _restore(self, inner: Inner, diagnosis: Diagnosis) -> tuple[str, ...]:
+        """Restore the state from before the last cell if possible; return notes for the user."""
+        # exit() is no death, and after it nobody wants to go on.
+        if not self._restores or inner.session.restore_points is None:
+            return ()
+        if diagnosis.verdict.status is Status.PASSED or inner.client.asked_to_exit is not None:
+            return ()
+        failure = await inner.restore()
+        self._is_restored = not failure
+        return (not_restored(failure),) if failure else (RESTORED,)
 
     def _skip_ended_cells(self, inner: Inner) -> None:
         """Answer queued cells that ended before the one in which the kernel died."""
@@ -532,11 +590,13 @@ class Proxy:
         if exiting_cell is not None and waiting is None:
             ending = Died(cell=exiting_cell, exit=None, asked_to_exit=True)
         diagnosis = self._diagnose(inner, await inner.observe(ending))
+        recovered = inner.recovered
+        notes = await self._restore(inner, diagnosis)
         if waiting is not None:
             # Output that was journaled in the shared page but never sent comes first.
-            for message in inner.recovered:
+            for message in recovered:
                 self.front.announce(message["msg_type"], message["content"], waiting.header)
-            error = self._publish_error(waiting, diagnosis, survived=False)
+            error = self._publish_error(waiting, diagnosis, survived=False, notes=notes)
             content = diagnosis.reply(error, waiting.execution_count)
             if waiting.reply is None or waiting.is_held:
                 self._reply(waiting, "execute_reply", content)
@@ -544,8 +604,9 @@ class Proxy:
         elif self._recording is not None:
             # No cell can show it. The next kernel of this client says it in its first cell.
             node = inner.state.request.node
+            is_shown = self._is_restored or self._on_death is OnDeath.RESTART
             self._recording.write_notebook(
-                diagnosis.verdict, node, survived=False, is_shown=self._on_death is OnDeath.RESTART
+                diagnosis.verdict, node, survived=False, is_shown=is_shown
             )
         return diagnosis
 

@@ -43,6 +43,7 @@ class KernelOptions(Struct, frozen=True, kw_only=True):
     """The options of ``safe-exec kernel``.
 
     ``limits`` names a profile or a file; ``figures`` and ``walls`` override parts of it.
+    ``restores``: after a death the kernel goes on with its state from before the cell.
     ``arguments`` are the client's arguments for the kernel itself.
     """
 
@@ -54,6 +55,7 @@ class KernelOptions(Struct, frozen=True, kw_only=True):
     require: str | None = None
     mechanisms: tuple[str, ...] | None = None
     on_death: OnDeath = OnDeath.EXIT
+    restores: bool = False
     records: bool = True
     arguments: tuple[str, ...] = ()
 
@@ -78,6 +80,7 @@ def serve(options: KernelOptions) -> int:
         node = NotebookNode(prepared.node)
         node.cells = []
         request = request_for(own, plan, node, Cancellation(), lambda _event: None)
+        request = replace(request, restorable=options.restores)
         return Inner(request, key=file.key, arguments=options.arguments, on_message=on_message)
 
     mask = mask_for(os.environ)
@@ -94,6 +97,7 @@ def serve(options: KernelOptions) -> int:
         diagnose=diagnose,
         recording=recording,
         on_death=options.on_death,
+        restores=options.restores,
         notes=[*notes, *(f"[safe-exec: {line}]\n" for line in weak_points(prepared, plan))],
     )
     try:

@@ -68,8 +68,8 @@ class Bubblewrap:
     once nobody can send a message any more.
     """
 
-    def __init__(self, setup: BwrapSetup) -> None:
-        self._setup = setup
+    def __init__(self, setup: BwrapSetup, *, restorable: bool = False) -> None:
+        self._setup, self._restorable = setup, restorable
         self.status, self._init_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.status.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
         self._release_r, self._release_w = os.pipe2(os.O_CLOEXEC)
@@ -94,7 +94,9 @@ class Bubblewrap:
             argv, placed = child.place_descriptors(
                 command.argv, ends.stderr, {**ends.kernel, **ours}
             )
-            _write_config(placed["config"], command.with_argv(argv), setup)
+            _write_config(
+                placed["config"], command.with_argv(argv), setup, restorable=self._restorable
+            )
             _protect_devices(setup.devices)
             init = [setup.python, "-I", "-S", "-c", BOOT, setup.package_root]
             init += [str(placed[name]) for name in ours]
@@ -181,6 +183,14 @@ class Bubblewrap:
             for fd in fds:
                 os.close(fd)
 
+    def follow(self, pid: int, innermost_pid: int) -> None:
+        """Have the init report the ending of another process, by its number in the namespace.
+
+        Raises OSError if the init has ended.
+        """
+        self.kernel_pid = pid
+        self.status.send(b"%d" % innermost_pid)
+
     def kernel_ending(self) -> KernelEnding | None:
         """Return the kernel's ending once the init has reported it; other senders are ignored."""
         while not self.is_closed:
@@ -217,12 +227,13 @@ def _protect_devices(paths: tuple[str, ...]) -> None:
             raise OSError(number, f"cannot mount {path} read-only: {os.strerror(number)}")
 
 
-def _write_config(fd: int, command: KernelCommand, setup: BwrapSetup) -> None:
+def _write_config(fd: int, command: KernelCommand, setup: BwrapSetup, *, restorable: bool) -> None:
     # marshal is built in: the init would spend longer on importing json than on all else.
     config = {
         "command": protocol.as_plain(command),
         "sockets": setup.sockets,
         "discarded": [place.path for place in setup.discarded],
+        "restorable": restorable,
     }
     with os.fdopen(os.dup(fd), "wb") as file:
         file.write(marshal.dumps(config))

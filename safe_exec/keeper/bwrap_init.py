@@ -74,7 +74,7 @@ def main(status_fd: int, release_fd: int, config_fd: int) -> None:
     status.send(_failure(error) if error else b'{"executed":true}')
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
-    _reap(pid, status)
+    _reap(pid, status, restores=config["restorable"])
 
 
 def _run_child(
@@ -98,10 +98,11 @@ def _run_child(
     child.run(kernel_command, init_pid, error_fd)
 
 
-def _reap(pid: int, status: socket.socket) -> None:
+def _reap(pid: int, status: socket.socket, *, restores: bool) -> None:
     """Reap processes until the kernel has ended, then report it.
 
-    All others inside die with this process.
+    All others inside die with this process. With ``restores`` the keeper then names the process
+    that is the kernel from now on.
     """
     while True:
         try:
@@ -116,7 +117,11 @@ def _reap(pid: int, status: socket.socket) -> None:
             resident = usage.ru_maxrss * 1024
             ending = b'{"status":%d,"cpu":%.6f,"resident":%d,"caught":%b}'
             status.send(ending % (raw, cpu, resident, caught))
-            return
+            successor = status.recv(MESSAGE_BYTES) if restores else b""
+            if not successor:
+                return
+            # It may have ended meanwhile; then it is a zombie, and reaped below.
+            pid = int(successor)
 
 
 def _caught_signals(pid: int) -> bytes:

@@ -57,12 +57,17 @@ class CrashOutput:
         self._fault: socket.socket | None = None
         self._kernel_end: socket.socket | None = None
         self._dump_signal: int | None = None
+        self._keeps_kernel_end = False
 
-    def open(self, dump_signal: int | None) -> tuple[int, socket.socket]:
+    def open(
+        self, dump_signal: int | None, *, restorable: bool = False
+    ) -> tuple[int, socket.socket]:
         """Return the descriptors for the kernel: its stderr, and the socket of its fault handler.
 
-        At ``dump_signal`` the kernel writes stacks to the socket without dying.
+        At ``dump_signal`` the kernel writes stacks to the socket without dying. With ``restorable``
+        a copy of the kernel may write to both after its death.
         """
+        self._keeps_kernel_end = restorable
         self._dump_signal = dump_signal
         self._stderr, stderr = os.pipe2(os.O_CLOEXEC)
         self._fault, fault = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -83,6 +88,14 @@ class CrashOutput:
         if self._stderr >= 0:
             os.close(self._stderr)
             self._stderr = -1
+
+    def begin_again(self) -> None:
+        """Forget the output of a dead kernel: a snapshot of it goes on with both descriptors."""
+        self.tail = self.fault_text = b""
+        self.bursts = []
+        self.process_at_fault = self._hold = None
+        assert self._kernel_end is not None
+        self._kernel_end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
 
     def sources(self) -> tuple[int, ...]:
         """Return the descriptors to read: stderr, and the fault socket if no process is held."""
@@ -194,7 +207,8 @@ class CrashOutput:
 
     def _close_kernel_end(self) -> None:
         # Our copy of the kernel's end would keep us from seeing the end of the stream.
-        if self._kernel_end is not None:
+        # A snapshot has the kernel's end too, so the stream does not end with the kernel.
+        if self._kernel_end is not None and not self._keeps_kernel_end:
             self._kernel_end.close()
             self._kernel_end = None
 

@@ -39,6 +39,10 @@ from safe_exec.keeper.child import SetupFailed
 from safe_exec.keeper.crash_output import CrashOutput
 from safe_exec.keeper.protocol import CgroupSetup, FaultingThread, LimitedDisk, Spawn
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from safe_exec.keeper.takeover import Takeover
+
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
@@ -86,6 +90,10 @@ class Keeper:
         self.made_cgroups: list[str] = []
         self.orphaned = True
         self.bubblewrap: Bubblewrap | None = None
+        # Whether the kernel's wait status comes to us, and not to the init inside bubblewrap.
+        self.is_parent = True
+        # Spares a sleeping copy of the kernel, once there is one.
+        self.takeover: Takeover | None = None
         self.disk: LimitedDisk | None = None
         self.concurrent_changes = file_tree.ConcurrentChanges()
         self.wake_r, self.wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -149,11 +157,13 @@ class Keeper:
 
     def spawn(self, plan: Spawn) -> None:
         """Fork the kernel into the sandbox. Raises SetupFailed, OSError and ValueError."""
-        stderr, fault = self.crash_output.open(plan.dump_signal)
+        stderr, fault = self.crash_output.open(plan.dump_signal, restorable=plan.restorable)
         error_r, error_w = os.pipe2(os.O_CLOEXEC)
         self.chown_runtime_dir(plan.owner)
         self.prepare_disk(plan)
-        self.bubblewrap = None if plan.bwrap is None else Bubblewrap(plan.bwrap)
+        if plan.bwrap is not None:
+            self.bubblewrap = Bubblewrap(plan.bwrap, restorable=plan.restorable)
+            self.is_parent = False
         descriptors = dict(zip(plan.descriptor_names, self.kernel_fds, strict=True))
         keeper_pid = os.getpid()
         pid = os.fork()
@@ -267,7 +277,9 @@ class Keeper:
 
     def status_sources(self) -> tuple[int, ...]:
         """Return the socket of the init inside bubblewrap, which reports the kernel's end."""
-        if self.bubblewrap is None or not self.pid or self.exited or self.bubblewrap.is_closed:
+        if self.bubblewrap is None or self.is_parent or self.bubblewrap.is_closed:
+            return ()
+        if not self.pid or self.exited:
             return ()
         return (self.bubblewrap.status.fileno(),)
 
@@ -317,8 +329,23 @@ class Keeper:
             self.checked_share = 0.0
         elif isinstance(request, protocol.Continue):
             self.continue_with(request.pid)
+        elif isinstance(request, protocol.SpareSnapshot | protocol.TakeOver):
+            self.serve_snapshot(request)
         elif isinstance(request, protocol.AddCleanup) and self.plan is not None:
             self.plan = self.plan._replace(cleanup_if_runner_dies=request.cleanup_if_runner_dies)
+
+    def serve_snapshot(self, request: protocol.SpareSnapshot | protocol.TakeOver) -> None:
+        """Carry out a request about a snapshot of the kernel."""
+        # Seldom needed: without it the keeper starts faster.
+        from safe_exec.keeper.takeover import Takeover
+
+        if self.takeover is None:
+            self.takeover = Takeover(os.getpid(), self.reap)
+        if isinstance(request, protocol.SpareSnapshot):
+            self.takeover.snapshot = request.pid
+        else:
+            failure = self.take_over(request.pid)
+            self.send(protocol.TookOver(pid=request.pid, failure=failure))
 
     def start(self, plan: Spawn) -> None:
         """Build the sandbox and start the kernel, or report the step that failed.
@@ -369,7 +396,34 @@ class Keeper:
             self.reason = reason
             if self.plan is not None and reason in self.plan.stack_before:
                 self.dump_stack()
-        self.kill_tree(spared=self.spared if reason in self.spared_reasons else None)
+        if self.takeover is None or not self.takeover.kill_all_but_snapshot():
+            self.kill_tree(spared=self.spared if reason in self.spared_reasons else None)
+
+    def take_over(self, pid: int) -> str:
+        """Make a snapshot the kernel; return why it cannot be, empty if it is."""
+        if not self.exited or self.takeover is None:
+            return "the kernel has not ended"
+        # Whatever the dead kernel left running belongs to the cell that is lost.
+        self.takeover.snapshot = pid
+        if not self.takeover.kill_all_but_snapshot():
+            return "it has ended"
+        self.takeover.snapshot = 0
+        process, number = procfs.stat(pid), procfs.innermost_pid(pid)
+        parent = process.ppid if process is not None else 0
+        self.is_parent = parent == os.getpid()
+        if not self.is_parent:
+            if self.bubblewrap is None or parent != self.bubblewrap.init_pid or number is None:
+                return "its end could not be read"
+            try:
+                self.bubblewrap.follow(pid, number)
+            except OSError as error:
+                return f"the sandbox's init: {error.strerror}"
+        self.pid = pid
+        self.exited = False
+        self.reason = self.caught_signals = None
+        self.dumped_share = self.checked_share = 0.0
+        self.crash_output.begin_again()
+        return ""
 
     def check_memory(self) -> int | None:
         """Dump a stack at each step near the memory limit.
@@ -386,6 +440,8 @@ class Keeper:
         # fault, so it shows where the memory went.
         if share >= NEAR:
             self.drop_copy(share, limit)
+        if self.takeover is not None and share >= NEAR:
+            self.takeover.give_up_for_memory(share, limit)
         if share >= NEAR and share >= self.dumped_share + STACK_STEP:
             self.dumped_share = share
             self.request_stack()
@@ -458,9 +514,11 @@ class Keeper:
                 return False
             if pid == 0:
                 return True
-            if self.bubblewrap is None and pid == self.pid:
+            if self.is_parent and pid == self.pid and not self.exited:
                 self.report_exit(status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
-            elif self.bubblewrap is not None and pid == self.bubblewrap.pid and self.pid:
+            elif not self.is_parent and self.bubblewrap is not None and pid == self.bubblewrap.pid:
+                if not self.pid:
+                    continue
                 self.read_kernel_ending()
                 # If the init was killed, nobody read the kernel's status.
                 if not self.exited:
@@ -468,7 +526,7 @@ class Keeper:
 
     def note_signal_handlers(self) -> None:
         """Record which signals the kernel caught at its end, while its zombie still shows them."""
-        if self.bubblewrap is not None or not self.pid or self.exited:
+        if not self.is_parent or not self.pid or self.exited:
             return
         with contextlib.suppress(ChildProcessError):
             if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:

@@ -162,7 +162,8 @@ class Spawn(NamedTuple):
     termination reasons for which a stack is requested before the kill. ``owner`` gets the runtime
     directory. ``directories`` are removed with the sandbox, ``cleanup_if_runner_dies`` only after
     the runner's death. Files of a private copy that match ``keep_patterns`` are copied to
-    ``keep_folder``. The kernel may be traced by descendants of ``tracer``.
+    ``keep_folder``. The kernel may be traced by descendants of ``tracer``. With ``restorable`` a
+    copy of the kernel may take over after its death.
     """
 
     command: KernelCommand
@@ -180,6 +181,7 @@ class Spawn(NamedTuple):
     cleanup_if_runner_dies: tuple[str, ...] = ()
     keep_patterns: tuple[str, ...] = ()
     keep_folder: str = ""
+    restorable: bool = False
 
 
 class SendSignal(NamedTuple):
@@ -227,6 +229,18 @@ class Continue(NamedTuple):
     pid: int
 
 
+class SpareSnapshot(NamedTuple):
+    """Spare this process when the kernel is killed: a snapshot of it. 0 for none."""
+
+    pid: int
+
+
+class TakeOver(NamedTuple):
+    """Make a snapshot the kernel, after the death of the kernel before; kill all others."""
+
+    pid: int
+
+
 class Finish(NamedTuple):
     """Take the sandbox down and exit."""
 
@@ -267,6 +281,13 @@ class Failed(NamedTuple):
 
     message: str
     command_failed: bool
+
+
+class TookOver(NamedTuple):
+    """A snapshot is the kernel now, or cannot be: ``failure`` says why, else it is empty."""
+
+    pid: int
+    failure: str
 
 
 class Fault(NamedTuple):
@@ -340,13 +361,25 @@ class CleanupResult(NamedTuple):
 
 
 ToKeeper = (
-    Note | Spawn | SendSignal | Kill | AddCleanup | HoldAtFault | ReadOn | Spare | Continue | Finish
+    Note
+    | Spawn
+    | SendSignal
+    | Kill
+    | AddCleanup
+    | HoldAtFault
+    | ReadOn
+    | Spare
+    | Continue
+    | SpareSnapshot
+    | TakeOver
+    | Finish
 )
 ToRunner = (
     Ready
     | Spawned
     | Continued
     | Failed
+    | TookOver
     | Fault
     | Dying
     | SignalReceived
@@ -366,6 +399,8 @@ TO_KEEPER: Mapping[str, type[ToKeeper]] = {
     "read_on": ReadOn,
     "spare": Spare,
     "continue": Continue,
+    "spare_snapshot": SpareSnapshot,
+    "take_over": TakeOver,
     "finish": Finish,
 }
 TO_RUNNER: Mapping[str, type[ToRunner]] = {
@@ -373,6 +408,7 @@ TO_RUNNER: Mapping[str, type[ToRunner]] = {
     "spawned": Spawned,
     "continued": Continued,
     "failed": Failed,
+    "took_over": TookOver,
     "fault": Fault,
     "dying": Dying,
     "signal": SignalReceived,

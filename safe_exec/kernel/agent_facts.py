@@ -24,6 +24,7 @@ from safe_exec.model.evidence import Frame, Raised
 
 if TYPE_CHECKING:
     from safe_exec.kernel.client import TrialClient
+    from safe_exec.kernel.restore_points import RestorePoints
 
 # Any code in the kernel can write to the facts socket. So invalid facts are ignored, the first of
 # several contradicting facts counts, and every list is bounded.
@@ -94,6 +95,18 @@ class AgentFacts:
         self._origin_cells: dict[int, int] = {}
         self.code = CellCode(self.index_of)
         self._pipes: dict[str, int] = {}
+        self.restore_points: RestorePoints | None = None
+
+    def begin_again(self, lost_number: int) -> None:
+        """Forget what a dead kernel said of its process, and what its last cell did.
+
+        ``lost_number`` is the agent's number of that cell.
+        """
+        self.exit_caller = []
+        self.armed = True
+        self.census = CensusFacts()
+        self.own_actions.forget(lost_number)
+        self.close()
 
     def follow(self, origin: AgentFacts, cell: int) -> None:
         """Know what the kernel told before it was copied: its cells, and actions on itself.
@@ -122,10 +135,19 @@ class AgentFacts:
     def _handle_datagram(self, data: bytes, fds: list[int]) -> None:
         keep = False
         with contextlib.suppress(
-            ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+            OSError,
         ):
             fact = json.loads(data)
-            if "pipe" in fact and len(fds) == 1 and self._is_new_pipe(str(fact["pipe"]), fds[0]):
+            if "restore_point" in fact:
+                if self.restore_points is not None:
+                    self.restore_points.take(fact, fds)
+            elif "pipe" in fact and len(fds) == 1 and self._is_new_pipe(str(fact["pipe"]), fds[0]):
                 self._pipes[fact["pipe"]] = fds[0]
                 keep = True
             else:

@@ -158,8 +158,10 @@ class Launch(Struct, frozen=True, kw_only=True):
     coverage: CoverageFile | None = None
     # Answers the culprit search in forks of itself.
     forks: bool = False
-    # Leaves a sleeping copy of itself before each cell.
+    # Leaves a sleeping copy of itself before each cell, for --keep-going.
     snapshots: bool = False
+    # The same for an interactive kernel, with --restore.
+    restorable: bool = False
 
     def __repr__(self) -> str:
         # Without the environment and the key: both are secrets.
@@ -306,8 +308,10 @@ def begin_launch(sandbox: Sandbox, request: Launch) -> LaunchedKernel:
             coverage=request.coverage,
             forks=request.forks,
             snapshots=request.snapshots,
+            restorable=request.restorable,
         ),
         coverage=request.coverage,
+        restorable=request.restorable,
     )
     return LaunchedKernel(
         spec=request.spec,
@@ -368,6 +372,7 @@ def begin_spawn(
     config: Mapping[str, object],
     streams: Mapping[str, int] | None = None,
     coverage: CoverageFile | None = None,
+    restorable: bool = False,
 ) -> tuple[AgentChannels, bool]:
     """Ask the keeper to spawn the kernel, without waiting. Raises SandboxError."""
     channels = AgentChannels()
@@ -408,6 +413,7 @@ def begin_spawn(
             # The process that reads the native stack of a crash is our child.
             tracer=os.getpid() if wrapped and has_pystack() else None,
             discarded=discarded,
+            restorable=restorable and wrapped is not None,
         )
     except SafeExecError:
         channels.close()
@@ -459,13 +465,15 @@ def inside_config(
     coverage: CoverageFile | None = None,
     forks: bool = False,
     snapshots: bool = False,
+    restorable: bool = False,
 ) -> dict[str, object]:
     """Return the agent's settings.
 
     The agent cuts output at its caps only if the client ``marks`` the missing part. With
     ``strict_shell`` a failing ``!command`` raises. ``thorough`` is true if the run only looks for
     the holders of memory, so that a census may take longer. ``forks`` is true if the kernel runs no
-    cells itself, ``snapshots`` if it leaves a copy of itself before each cell.
+    cells itself, ``snapshots`` if it leaves a copy of itself before each cell, ``restorable`` if an
+    interactive kernel does.
     """
     cap = limits.cell_output if marks else None
     cut = None if cap is None else cap + MESSAGE_SLACK
@@ -479,4 +487,5 @@ def inside_config(
         "coverage": None if coverage is None else asdict(coverage.settings),
         "forks": forks,
         "snapshots": snapshots,
+        "restorable": restorable,
     }

@@ -42,6 +42,11 @@ class OwnActions:
         if fact["action"] in ACTIONS:
             self._reported.append((_action(fact), int(fact["cell"]), rows))
 
+    def forget(self, number: int) -> None:
+        """Forget the actions of one cell, whose effects are undone."""
+        others = [action for action in self._reported if action[1] != number]
+        self._reported = deque(others, maxlen=MOST_ACTIONS)
+
     def take_tracing(self, fact: dict[str, Any]) -> None:
         """Record the active trace functions."""
         self.tracing = tuple(str(name)[:LONGEST_TEXT] for name in fact["tracing"][:MOST_NAMES])

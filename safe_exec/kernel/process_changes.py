@@ -42,10 +42,12 @@ def parse(text: str) -> Limits:
 class ProcessChanges:
     """Observes one kernel process repeatedly; keeps the last state after its end."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, original: ProcessChanges | None = None) -> None:
+        """Note the present state; ``original`` observed the process that this one is a fork of."""
         self._pid = pid
         self._program = read_bytes(f"/proc/{pid}/cmdline")
-        self._limits = self._current = self._read()
+        self._current = self._read()
+        self._limits: Limits = self._current if original is None else original.initial()
         self._noted = time.monotonic()
         self.executed: str | None = None
 
@@ -55,6 +57,10 @@ class ProcessChanges:
             return parse(text)
         except ValueError:
             return {}
+
+    def initial(self) -> Limits:
+        """Return the limits at the start."""
+        return self._limits
 
     def note_now_and_then(self) -> None:
         """Record the state, at most once per PAUSE_SECONDS."""

@@ -231,8 +231,16 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
     def adopt(self, launched: LaunchedKernel) -> None:
         """Take over a kernel that was started in advance."""
         self.channels, self.instrumented = launched.channels, launched.instrumented
-        self.connection_info = launched.connection
+        self.connection_info, self.cwd = launched.connection, launched.cwd
         self._start_watchdog(launched.cwd)
+
+    def begin_again(self) -> None:
+        """Watch the limits again, after a copy of the kernel has taken over in the sandbox."""
+        self.stop_watching()
+        self.watchdog = self._diskwatch = None
+        assert self.sandbox is not None and self.cwd is not None
+        self.pid = self.pgid = self.sandbox.kernel_pid
+        self._start_watchdog(self.cwd)
 
     def _start_watchdog(self, cwd: str) -> None:
         assert (

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 
 from safe_exec.agent import layout
+from safe_exec.errors import KernelStartError, SandboxError
 from safe_exec.keeper import procfs
 from safe_exec.keeper.protocol import CleanupResult
 from safe_exec.kernel import fault_report, file_locks, processes
@@ -28,13 +29,14 @@ from safe_exec.kernel.connection import Connection
 from safe_exec.kernel.handshake import Handshake
 from safe_exec.kernel.input_answers import InputAnswers
 from safe_exec.kernel.late_text import LateText
-from safe_exec.kernel.launch import LaunchedKernel
+from safe_exec.kernel.launch import LaunchedKernel, has_pystack
 from safe_exec.kernel.manager import Manager
 from safe_exec.kernel.native_stack import NativeReading
 from safe_exec.kernel.native_watch import NativeStackWatch
 from safe_exec.kernel.peers import PeerWatch
 from safe_exec.kernel.process_changes import ProcessChanges
 from safe_exec.kernel.provisioner import SandboxProvisioner
+from safe_exec.kernel.restore_points import RestorePoints
 from safe_exec.kernel.shared_page import Note, Page, Text
 from safe_exec.model.ending import TerminationReason
 from safe_exec.model.evidence import Frame, ProcessCount
@@ -77,7 +79,7 @@ class SessionRequest(Struct, frozen=True, kw_only=True):
     for the holders of memory, ``forks`` only for a kernel that answers the culprit search in forks.
     ``snapshots`` receives the copies of a kernel that leaves some.
     An interactive kernel has the ``key`` of its client's connection file, and the client's
-    ``arguments`` after its command.
+    ``arguments`` after its command. With ``restorable`` a copy of it can take over after its death.
     """
 
     kernel_name: str
@@ -97,6 +99,7 @@ class SessionRequest(Struct, frozen=True, kw_only=True):
     snapshots: KernelSnapshots | None = None
     key: str | None = None
     arguments: tuple[str, ...] = ()
+    restorable: bool = False
 
 
 ClientFactory = Callable[[Manager, asyncio.Event], "TrialClient"]
@@ -152,6 +155,7 @@ class KernelSession:
         self._answering: asyncio.Task[None] | None = None
         self.agent_facts = AgentFacts()
         self.launched = launched
+        self.restore_points: RestorePoints | None = None
         self.history = ChildHistory()
         # Observes changes of the process since it first answered.
         self.changes: ProcessChanges | None = None
@@ -174,6 +178,14 @@ class KernelSession:
         self.meter = Meter(
             self.plan, self.keeper_pid, self.pid, tree, judge, origin=sandbox.counters_before
         )
+        if request.restorable and self.page is not None:
+            self.restore_points = RestorePoints(sandbox.spare_snapshot, self._snapshot_lost)
+            self.agent_facts.restore_points = self.restore_points
+            self.restore_points.memory_limit = self.limits.memory
+            # A snapshot that the system killed for memory must not count as the kernel's.
+            sandbox.on_ending = self.restore_points.look
+            if watchdog is not None:
+                watchdog.makes_room = self.restore_points.makes_room
         self._watch()
         if self.instrumented and self.agent_channels is not None:
             if self.allocations is not None:
@@ -220,6 +232,68 @@ class KernelSession:
     def _on_exit(self, ended: KernelExit) -> None:
         self.died_at = ended.at
         self.died.set()
+
+    def _snapshot_lost(self) -> None:
+        """Account for a snapshot that ended by itself; the system may have taken its memory."""
+        if self.meter.oom_kills():
+            self.sandbox.counters_before = self.sandbox.counters_before.plus_kill()
+            self.meter.discount(self.sandbox.counters_before)
+
+    async def restore(self, number: int, seconds: float | None) -> str:
+        """Go on with the snapshot from before a cell, after the kernel has died.
+
+        ``number`` is the agent's number of the cell. Return why that is not possible, empty if it
+        is. Everything else that ran in the sandbox is killed.
+        """
+        if self.restore_points is None:
+            return "this kernel has no snapshots"
+        snapshot = self.restore_points.latest(number)
+        if isinstance(snapshot, str):
+            return snapshot
+        assert snapshot.pid is not None
+        try:
+            failure = self.sandbox.take_over(snapshot.pid)
+            if failure:
+                return f"the snapshot cannot take over: {failure}"
+            self._begin_again(snapshot.pid, number)
+            tracer = os.getpid() if self.reads_native and has_pystack() else None
+            failure = await self.restore_points.wake(snapshot, tracer=tracer)
+            if failure:
+                return failure
+            await self.connect(seconds)
+        except (KernelStartError, SandboxError) as error:
+            return str(error)
+        return ""
+
+    def _begin_again(self, pid: int, lost_number: int) -> None:
+        """Forget everything about the process of the dead kernel."""
+        self.pid = pid
+        if self._native is not None:
+            self._native.cancel()
+            self._native = NativeStackWatch(
+                self.sandbox, pid, with_locals=self._request.with_locals
+            )
+            self._native.start()
+        for channel in self._channels.values():
+            channel.stop()
+        self._channels = {}
+        self.agent_facts.begin_again(lost_number)
+        self.history = ChildHistory()
+        if self._peers is not None:
+            self._peers = PeerWatch(self.keeper_pid, pid, instrumented=self.instrumented)
+        self.died.clear()
+        self.died_at = None
+        self.provisioner.begin_again()
+        watchdog = self.provisioner.watchdog
+        if watchdog is not None and self.restore_points is not None:
+            watchdog.makes_room = self.restore_points.makes_room
+        tree = watchdog.tree if watchdog is not None else None
+        judge = watchdog.judge if watchdog is not None else None
+        self.meter.close()
+        self._tree = tree
+        self.meter = Meter(
+            self.plan, self.keeper_pid, pid, tree, judge, origin=self.sandbox.counters_before
+        )
 
     @property
     def reads_native(self) -> bool:
@@ -272,7 +346,7 @@ class KernelSession:
         kc.iopub_channel.overheard = self.late_text.take
         client.kc = kc
         info = await handshake.first_answer(kc, deadline)
-        self.changes = ProcessChanges(self.pid)
+        self.changes = ProcessChanges(self.pid, self.changes)
         return info
 
     def connections(self) -> dict[str, Connection]:
@@ -476,6 +550,8 @@ class KernelSession:
         for channel in self._channels.values():
             channel.stop()
         self.client.kc = None
+        if self.restore_points is not None:
+            self.restore_points.close()
         with contextlib.suppress(ValueError, OSError):
             loop.remove_reader(self.sandbox.fileno())
         if self._request.snapshots is not None:

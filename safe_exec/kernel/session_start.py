@@ -71,6 +71,7 @@ async def open_session(
             coverage=request.coverage,
             forks=request.forks is not None,
             snapshots=request.snapshots is not None,
+            restorable=request.restorable,
         )
         # Building a sandbox blocks, and other runs share this event loop.
         launched = await _run_in_thread(partial(launch, sandbox, launch_request))

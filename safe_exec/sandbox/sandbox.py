@@ -150,7 +150,10 @@ class Sandbox:
         self._is_keeper_gone = False
         self._decision_lock = threading.Lock()
         self._is_ending = False
+        self._takeovers: list[protocol.TookOver] = []
         self.kill_reason: TerminationReason | None = None
+        # Called before the counters of an ending are compared.
+        self.on_ending: Callable[[], None] = lambda: None
         self.on_exit: Callable[[KernelExit], None] | None = None
         self.on_dying: Callable[[protocol.Dying], None] | None = None
 
@@ -172,13 +175,15 @@ class Sandbox:
         tracer: int | None = None,
         walls: WallSetup | None = None,
         discarded: Sequence[DiscardedPlace] = (),
+        restorable: bool = False,
     ) -> None:
         """Ask the keeper to spawn the kernel; ``await_kernel`` waits for it.
 
         ``{name}`` in ``argv`` becomes the descriptor number of that name in ``pass_fds``, as the
         kernel sees it. Descendants of ``tracer`` may trace the kernel. ``discarded`` are places, in
-        addition to those of the ``walls``, whose files are listed before they disappear. Raises
-        SandboxError if the keeper did not start.
+        addition to those of the ``walls``, whose files are listed before they disappear. With
+        ``restorable`` a copy of the kernel may take over after its death. Raises SandboxError if the
+        keeper did not start.
         """
         self.wait_ready()
         self._write_note(plan)
@@ -209,6 +214,7 @@ class Sandbox:
             keep_folder=""
             if walls.bwrap is None or walls.bwrap.disk is None
             else walls.bwrap.disk.folder,
+            restorable=restorable,
         )
         self._send(request, descriptors=tuple(pass_fds.values()))
 
@@ -281,6 +287,21 @@ class Sandbox:
         """Let a held kernel write its report and die."""
         self._send(protocol.ReadOn())
 
+    def spare_snapshot(self, pid: int) -> None:
+        """Have the keeper spare a snapshot of the kernel when it kills the kernel; 0 for none."""
+        self._send(protocol.SpareSnapshot(pid=pid))
+
+    def take_over(self, pid: int) -> str:
+        """Make a snapshot the kernel, after the kernel's death; all other processes are killed.
+
+        Return why that is not possible, empty if it is. Raises SandboxError if the keeper ends.
+        """
+        answers = self._takeovers
+        answers.clear()
+        self._send(protocol.TakeOver(pid=pid))
+        self._wait_for(lambda: bool(answers), "the keeper does not answer")
+        return answers[0].failure
+
     def _write_note(self, plan: SpawnPlan) -> None:
         assert self.keeper_pid is not None
         keeper, owner = procfs.stat(self.keeper_pid), procfs.stat(os.getpid())
@@ -342,8 +363,8 @@ class Sandbox:
                 self._keeper.attach_pid(message.pid)
             case protocol.Spawned():
                 self.kernel_pid = message.pid
-            case protocol.Failed():
-                self._failure = message
+            case protocol.Failed() | protocol.TookOver():
+                self._process_answer(message)
             case protocol.SignalReceived():
                 self.signals_to_keeper.append(message.number)
             case protocol.Fault() | protocol.Dying():
@@ -352,6 +373,7 @@ class Sandbox:
                 self._continued = [message]
             case protocol.Exited():
                 self._counters = parse_counters(message.counters)
+                self.on_ending()
                 self._set_exit(_kernel_exit(message, self._counters.since(self.counters_before)))
             case protocol.Trouble():
                 self.troubles.append(message.message)
@@ -359,6 +381,18 @@ class Sandbox:
                 self.discarded = message
             case protocol.CleanupResult():
                 self.cleanup = message
+
+    def _process_answer(self, message: protocol.Failed | protocol.TookOver) -> None:
+        if isinstance(message, protocol.Failed):
+            self._failure = message
+            return
+        self._takeovers.append(message)
+        if not message.failure:
+            # Now, and not when it is waited for: the end of the new kernel may come right after.
+            self.kernel_pid, self.exit, self.fault_text = message.pid, None, ""
+            self.counters_before = self._counters
+            with self._decision_lock:
+                self.kill_reason = None
 
     def _process_fault(self, message: protocol.Fault | protocol.Dying) -> None:
         if isinstance(message, protocol.Fault):

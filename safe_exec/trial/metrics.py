@@ -87,6 +87,18 @@ class MetricsRecorder:
         if reading:
             self._keep(reading)
 
+    def begin_again(self) -> None:
+        """Forget the peaks and counts of a dead kernel that a copy of it did not reach."""
+        self.counters = Counters()
+        self.cell_of_first_oom = None
+        self.oom_before = self.oom_cell = 0
+        self.oom_by_cell.clear()
+        self.highest, self.upper_bound = Reading(), False
+        self.samples.clear()
+        if self.last_run is not None:
+            record = self.records[self.last_run]
+            self.records[self.last_run] = replace(record, memory_peak=None)
+
     def sample(self, moment: float, reading: Reading, index: int | None) -> None:
         """Record a sample taken during the run."""
         cell = -1 if index is None else index

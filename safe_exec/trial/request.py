@@ -105,6 +105,8 @@ class TrialRequest(Struct, frozen=True, kw_only=True):
     snapshots: KernelSnapshots | None = None
     # The kernel is a copy of an earlier one, from before a cell that failed.
     continues: SleepingKernel | None = None
+    # An interactive kernel leaves a copy of itself behind before each cell.
+    restorable: bool = False
     # Answers to `input()`; None: it raises.
     stdin_lines: tuple[str, ...] | None = None
     # Cells that may raise, as if they had nbclient's tag for it.

@@ -79,6 +79,7 @@ class TrialState:
             coverage=request.coverage,
             forks=request.forks,
             snapshots=request.snapshots,
+            restorable=request.restorable,
             answers=None if request.stdin_lines is None else InputAnswers(request.stdin_lines),
             # A search only asks whether the kernel dies.
             reads_native=not request.hasty,
@@ -142,6 +143,15 @@ class TrialState:
                 f"the kernel passed its {name.value} limit while it was shutting down, and was "
                 "killed"
             )
+
+    def begin_again(self) -> None:
+        """Forget a dead kernel's ending: a copy of it goes on with the cells before its last."""
+        self.forget_observation()
+        self.limit = self.named_lock = self.open_files = self.memory_maps = self.current = None
+        self.warnings.clear()
+        self.stopping.clear()
+        self._killing = False
+        self.metrics.begin_again()
 
     def forget_observation(self) -> None:
         """Drop the observation of a cell that continues."""

@@ -87,6 +87,8 @@ class Watchdog(threading.Thread):
         self._looking = threading.Lock()
         self._passed = False
         self._count_next = 0.0
+        # Tells, when a limit is exceeded, whether something of ours was ended first to keep it.
+        self.makes_room: Callable[[LimitName], bool] = lambda _name: False
 
     def run(self) -> None:
         """Check every 20 ms until a limit is exceeded."""
@@ -111,6 +113,8 @@ class Watchdog(threading.Thread):
             for name, used in self._figures(use, last=last):
                 allowed = self._limits.of(name)
                 if name in self._names and allowed is not None and used > allowed:
+                    if self.makes_room(name):
+                        break
                     self._passed = True
                     self._on_passed(name, used)
                     break
@@ -124,7 +128,7 @@ class Watchdog(threading.Thread):
         if allowed is None or LimitName.MEMORY not in self._names or use.least <= allowed:
             return
         with self._looking:
-            if self._passed or self._stop_event.is_set():
+            if self._passed or self._stop_event.is_set() or self.makes_room(LimitName.MEMORY):
                 return
             self._passed = True
             if self.peaks.memory is None or use.least > self.peaks.memory:

@@ -71,6 +71,12 @@ class Counters(Struct, frozen=True, kw_only=True):
             cpu_seconds=_minus(self.cpu_seconds, origin.cpu_seconds),
         )
 
+    def plus_kill(self) -> Counters:
+        """Add an OOM kill at the cgroup's own limit."""
+        return replace(
+            self, oom_kills=(self.oom_kills or 0) + 1, limit_hits=(self.limit_hits or 0) + 1
+        )
+
 
 class Bound(Struct, frozen=True, kw_only=True):
     """A memory limit in bytes on an ancestor cgroup; ``hits`` counts its OOM situations."""
@@ -291,6 +297,10 @@ class Meter:
         """Read the counters of the cgroups."""
         texts = {str(path): _text(path) for path in self._files.values()}
         return parse_counters(texts).since(self._origin)
+
+    def discount(self, base: Counters) -> None:
+        """Leave out these counters, of an earlier kernel or of a copy of this one."""
+        self._origin = base
 
 
 def parse_counters(texts: Mapping[str, str | None]) -> Counters:

@@ -168,7 +168,7 @@ def test_the_init_gets_the_command_and_its_directories(tmp_path: Path) -> None:
         walls=Walls(uid=7),
     )
     fd = os.open(tmp_path / "config", os.O_RDWR | os.O_CREAT)
-    bwrap._write_config(fd, command, SETUP)
+    bwrap._write_config(fd, command, SETUP, restorable=False)
     config = marshal.loads(os.pread(fd, 9999, 0))
     os.close(fd)
     assert (config["sockets"], config["discarded"]) == ("/run/x", ["/home/me"])
