@@ -33,6 +33,7 @@ from safe_exec.model.ending import TerminationReason
 from safe_exec.model.limits import LimitName, Limits
 from safe_exec.sandbox import keeper_process, stale_runs
 from safe_exec.sandbox.host.capabilities import detect
+from safe_exec.sandbox.mechanisms import rlimits
 from safe_exec.sandbox.mechanisms.watchdog import Watchdog
 from safe_exec.sandbox.plan import SpawnPlan
 from safe_exec.sandbox.planner import build_plan
@@ -267,7 +268,15 @@ class SandboxProvisioner(KernelProvisionerBase):  # type: ignore[misc]
                 self.sandbox.keeper_pid, self.sandbox.kernel_pid, counts_shared=shared
             )
             guard = PriorityGuard(self.sandbox.keeper_pid)
-            self.watchdog = Watchdog(tree, self.limits, self.plan.watch, self._limit_passed, guard)
+            tasks = rlimits.process_limit(self.plan, self.limits, tree)
+            self.watchdog = Watchdog(
+                tree,
+                self.limits,
+                self.plan.watch,
+                self._limit_passed,
+                guard=guard,
+                refuse_more=None if tasks is None else tasks.refuse_more,
+            )
             self.watchdog.start()
 
     def _limit_passed(self, name: LimitName, used: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -117,6 +118,30 @@ def test_processes(folder: Path) -> None:
     outcome = run(folder, USER, THREADS, options=("--processes", "64"))
     assert said(outcome) == ("cell_error", "too_many_processes"), outcome.stdout
     assert outcome.verdict["enforcement"]["processes"]["by"] == "rlimit"
+
+
+def test_places_of_others_that_end_are_not_the_notebook_s(folder: Path) -> None:
+    """Eight other processes of the user end while the notebook runs; RLIMIT_NPROC counted them."""
+    gate = folder / "gate"
+    os.mkfifo(gate)
+    os.chown(gate, NOBODY, NOBODY)
+    others = "for _ in 1 2 3 4 5 6 7 8; do cat gate & done; echo started; wait"
+    with subprocess.Popen(
+        [*ordinary_user(), "sh", "-c", others], cwd=folder, stdout=subprocess.PIPE, text=True
+    ) as shell:
+        assert shell.stdout is not None and shell.stdout.readline() == "started\n"
+        leave = f"""
+import os, pathlib, time
+os.close(os.open("gate", os.O_WRONLY))
+shell = pathlib.Path("/proc/{shell.pid}/stat")
+while " Z " not in shell.read_text():
+    time.sleep(0.01)
+"""
+        outcome = run(folder, USER, leave, THREADS, options=("--processes", "64"))
+    assert said(outcome) == ("cell_error", "too_many_processes"), outcome.stdout
+    assert "can't start new thread" in outcome.stdout
+    note = outcome.verdict["enforcement"]["processes"]["note"]
+    assert "the watchdog lowers it" in note
 
 
 def test_output(folder: Path) -> None:

@@ -17,6 +17,7 @@ from safe_exec.model.limits import Enforcement, LimitName, Limits, Mechanism
 from safe_exec.sandbox.host.capabilities import HostCapabilities
 from safe_exec.sandbox.mechanisms.offers import ANYWHERE, Placement
 from safe_exec.sandbox.plan import Offer, SpawnPlan
+from safe_exec.sandbox.usage.process_tree import ProcessTree
 from safe_exec.units import format_size
 
 # Without cgroups a memory limit becomes RLIMIT_DATA, not RLIMIT_AS: an idle ipykernel has 814 MB of
@@ -96,21 +97,75 @@ def _processes(limit: int, user_tasks: int, *, alone: bool) -> tuple[int, Enforc
     """Return the value for RLIMIT_NPROC, and how well it enforces the limit."""
     # In a new user namespace the count of tasks begins with 0 (Linux 5.14, kernel/ucount.c), so
     # only the notebook's tasks count. Otherwise all tasks of the user count, and each one that ends
-    # leaves its place to the notebook. Then the watchdog counts too.
+    # leaves its place to the notebook. Then the watchdog counts too, and lowers the value.
     if alone:
         return limit + INIT_TASKS, _held("counted in a user namespace of its own")
     note = (
-        "the user's other processes count too: the limit is beside them, and where one ends the "
-        "watchdog alone holds it"
+        "the user's other processes count too: the limit is beside them, and the watchdog lowers it "
+        "where one ends"
     )
     return limit + user_tasks, _held(note, hard=False)
 
 
+class ProcessLimit:
+    """RLIMIT_NPROC of a tree of processes, which other tasks of the user count against.
+
+    ``limit``: tasks that the tree may have. ``allowed``: RLIMIT_NPROC at its start.
+    """
+
+    def __init__(self, limit: int, allowed: int, tree: ProcessTree) -> None:
+        self._limit = limit
+        self._allowed = allowed
+        self._tree = tree
+        self._lowered_at = 0
+
+    def refuse_more(self, tasks: int) -> bool:
+        """Let the system refuse further tasks to a tree that has too many, ``tasks`` of them.
+
+        Return false if RLIMIT_NPROC does not bound the tree.
+        """
+        if tasks > self._allowed:
+            # Not possible below RLIMIT_NPROC, so it does not count these tasks.
+            return False
+        # Where tasks of the user have ended since, the tree can grow again.
+        if tasks > self._lowered_at:
+            others = max(0, procfs.tasks_of(os.getuid()) - tasks)
+            for pid in self._tree.pids():
+                _lower(pid, self._limit + others)
+            self._lowered_at = tasks
+        return True
+
+
+def process_limit(plan: SpawnPlan, limits: Limits, tree: ProcessTree) -> ProcessLimit | None:
+    """Return RLIMIT_NPROC of a tree; ``None`` if it is not set or no other tasks count for it."""
+    allowed = _process_rlimit(plan)
+    if allowed is None or limits.processes is None:
+        return None
+    if plan.enforcement[LimitName.PROCESSES].hard:
+        return None
+    return ProcessLimit(limits.processes, allowed, tree)
+
+
+def _lower(pid: int, most: int) -> None:
+    try:
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_NPROC)
+        lowered = [min(value, most) if value >= 0 else most for value in (soft, hard)]
+        resource.prlimit(pid, resource.RLIMIT_NPROC, (lowered[0], lowered[1]))
+    except ProcessLookupError:
+        # It has ended.
+        return
+    except PermissionError:
+        # A set-user-id program: its tasks count for another user.
+        return
+
+
+def _process_rlimit(plan: SpawnPlan) -> int | None:
+    return next((soft for number, soft, _ in plan.rlimits if number == resource.RLIMIT_NPROC), None)
+
+
 def process_count(plan: SpawnPlan, tasks: int, limit: int | None) -> ProcessCount | None:
     """Compare the notebook's ``tasks`` with RLIMIT_NPROC; ``None`` if that is not set."""
-    allowed = next(
-        (soft for number, soft, _ in plan.rlimits if number == resource.RLIMIT_NPROC), None
-    )
+    allowed = _process_rlimit(plan)
     if allowed is None or limit is None:
         return None
     alone = plan.enforcement[LimitName.PROCESSES].hard

@@ -66,7 +66,11 @@ class Peaks(Struct, frozen=True, kw_only=True):
 
 
 class Watchdog(threading.Thread):
-    """Watches a process tree; calls ``on_passed(limit, used)`` for the first exceeded limit."""
+    """Watches a process tree; calls ``on_passed(limit, used)`` for the first exceeded limit.
+
+    ``refuse_more(tasks)`` is called first for a tree with too many tasks. It returns whether the
+    system refuses further ones.
+    """
 
     def __init__(
         self,
@@ -74,10 +78,13 @@ class Watchdog(threading.Thread):
         limits: Limits,
         names: frozenset[LimitName],
         on_passed: Callable[[LimitName, float], None],
+        *,
         guard: PriorityGuard | None = None,
+        refuse_more: Callable[[int], bool] | None = None,
     ) -> None:
         super().__init__(name="safe-exec-watchdog", daemon=True)
         self._guard = guard
+        self._refuse_more = refuse_more
         self.tree = tree
         self.peaks = Peaks()
         self._limits = limits
@@ -115,10 +122,16 @@ class Watchdog(threading.Thread):
                 if name in self._names and allowed is not None and used > allowed:
                     if self.makes_room(name):
                         break
+                    # An error in the cell tells more than a killed kernel.
+                    if name is LimitName.PROCESSES and self._refuses_more(use.tasks):
+                        continue
                     self._passed = True
                     self._on_passed(name, used)
                     break
             return self._passed
+
+    def _refuses_more(self, tasks: int) -> bool:
+        return self._refuse_more is not None and self._refuse_more(tasks)
 
     def judge(self, use: TreeUse) -> None:
         """Compare the memory limit with a reading of the processes that the caller has taken."""

@@ -133,6 +133,11 @@ class ProcessTree:
             self._read_at = time.monotonic()
             return self._use
 
+    def pids(self) -> tuple[int, ...]:
+        """Return the ids of the processes of the last reading."""
+        with self._lock:
+            return tuple(self._members)
+
     def count(self) -> SharedCount:
         """Count the memory now, with each shared page counted once."""
         with self._lock:

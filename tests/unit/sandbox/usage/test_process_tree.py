@@ -396,6 +396,29 @@ def test_the_last_look_does_not_wait_for_its_time() -> None:
     assert len(passed) == 1
 
 
+@pytest.mark.parametrize("refuses", [True, False])
+def test_nobody_is_killed_for_tasks_where_the_system_refuses_more(refuses: bool) -> None:
+    passed: list[tuple[LimitName, float]] = []
+    asked: list[int] = []
+
+    def refuse_more(tasks: int) -> bool:
+        asked.append(tasks)
+        return refuses
+
+    tree = tree_of(MadeUp(pool(12)))
+    tasks = tree.read().tasks
+    watchdog = Watchdog(
+        tree,
+        Limits(processes=tasks - 1),
+        frozenset({LimitName.PROCESSES}),
+        lambda name, used: passed.append((name, used)),
+        refuse_more=refuse_more,
+    )
+    assert watchdog.check() is not refuses
+    assert asked == [tasks]
+    assert passed == ([] if refuses else [(LimitName.PROCESSES, tasks)])
+
+
 def test_processes_are_counted_with_their_threads_and_zombies() -> None:
     processes = pool(2)
     processes[201].state = "Z"
