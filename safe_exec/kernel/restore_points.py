@@ -26,9 +26,13 @@ CREDENTIALS = struct.Struct("3i")
 SCM_CREDENTIALS = 2
 # A snapshot answers on new sockets within 0.1 s; a busy machine may take longer.
 WAKE_SECONDS = 20.0
+# A snapshot sleeps within 0.1 s of its fork, and a cell may kill its kernel sooner.
+ASLEEP_SECONDS = 5.0
+LOOK_SECONDS = 0.005
 LONGEST_REASON = 200
 NEVER_TAKEN = "no snapshot was taken yet"
 ENDED = "the snapshot was ended before the kernel, to free memory or a process"
+STARTING = "the snapshot was not ready when the kernel died"
 OUTDATED = "there is no snapshot from before this cell"
 
 
@@ -160,9 +164,18 @@ class RestorePoints:
             return self._none.reason if is_of_cell or not self._none.cell_number else OUTDATED
         if latest.has_ended or latest.is_given_up:
             return ENDED
-        if latest.cell_number != number or latest.pid is None:
+        if latest.cell_number != number:
             return OUTDATED
-        return latest
+        return STARTING if latest.pid is None else latest
+
+    async def asleep(self, number: int) -> Snapshot | str:
+        """Return the same as ``latest``, but wait for a snapshot that does not sleep yet."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + ASLEEP_SECONDS
+        # It may have ended, too, so there is no event to wait for.
+        while self.latest(number) == STARTING and loop.time() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(LOOK_SECONDS)
+        return self.latest(number)
 
     async def wake(self, snapshot: Snapshot, *, tracer: int | None) -> str:
         """Wake a snapshot and wait until it listens; return why it does not, empty if it does.

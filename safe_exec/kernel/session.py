@@ -247,7 +247,7 @@ class KernelSession:
         """
         if self.restore_points is None:
             return "this kernel has no snapshots"
-        snapshot = self.restore_points.latest(number)
+        snapshot = await self.restore_points.asleep(number)
         if isinstance(snapshot, str):
             return snapshot
         assert snapshot.pid is not None

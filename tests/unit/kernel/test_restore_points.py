@@ -12,10 +12,18 @@ from typing import Any, Self
 import pytest
 
 from safe_exec.keeper import takeover
-from safe_exec.kernel.restore_points import ENDED, NEVER_TAKEN, OUTDATED, RestorePoints, Snapshot
+from safe_exec.kernel.restore_points import (
+    ENDED,
+    NEVER_TAKEN,
+    OUTDATED,
+    STARTING,
+    RestorePoints,
+    Snapshot,
+)
 from safe_exec.model.limits import LimitName
 
 SO_PASSCRED = 16
+ASLEEP = json.dumps({"asleep": 1}).encode()
 
 
 class Sandbox:
@@ -33,10 +41,15 @@ class Sandbox:
         self.lost += 1
 
     def sleep(self, before: int) -> socket.socket:
-        """A snapshot from before a cell that this process plays."""
+        """A sleeping snapshot from before a cell, which this process plays."""
+        theirs = self.fork(before)
+        theirs.send(ASLEEP)
+        return theirs
+
+    def fork(self, before: int) -> socket.socket:
+        """A snapshot that does not sleep yet."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
-        theirs.send(json.dumps({"asleep": 1}).encode())
         self.snapshots.take({"restore_point": True, "before": before}, [ours.fileno()])
         ours.close()
         self.ends.append(theirs)
@@ -85,6 +98,29 @@ def test_only_the_latest_is_kept(run: Any) -> None:
             box.snapshots.look()
             assert box.snapshots.latest(2) == ENDED
             assert box.lost == 1 and box.told[-1] == 0
+
+    run(main())
+
+
+def test_a_snapshot_that_does_not_sleep_yet_is_waited_for(run: Any) -> None:
+    async def main() -> None:
+        with Sandbox() as box:
+            theirs = box.fork(2)
+            assert box.snapshots.latest(2) == STARTING
+            waiting = asyncio.ensure_future(box.snapshots.asleep(2))
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            theirs.send(ASLEEP)
+            assert isinstance(await waiting, Snapshot)
+
+    run(main())
+
+
+def test_a_snapshot_that_ends_before_it_sleeps_is_not_waited_for(run: Any) -> None:
+    async def main() -> None:
+        with Sandbox() as box:
+            box.fork(2).close()
+            assert await box.snapshots.asleep(2) == ENDED
 
     run(main())
 
