@@ -19,9 +19,10 @@ MOST_CODES = 300
 
 
 class Bodies:
-    """The texts and code objects of the running cell.
+    """Finds the code that was compiled from the body of the running cell's magic.
 
-    ``names`` maps the file names of texts to their line maps (see ``sources``).
+    ``names`` maps each file name under which text of the body was compiled to its line map (see
+    ``sources``).
     """
 
     def __init__(self, inside):

@@ -14,9 +14,9 @@ from .sources import line_of, map_body, map_cell
 
 
 def first_line(code):
-    """Return the first line of a statement's code.
+    """Return the line number at which a statement's code begins.
 
-    ``co_firstlineno`` of a cell's statement is always 1.
+    ``co_firstlineno`` does not tell: it is 1 for every statement of a cell.
     """
     # Before Python 3.10.
     if not hasattr(code, "co_lines"):

@@ -37,7 +37,7 @@ def arm(inside):
 
 
 def register_dumps(inside):
-    """Write stacks to our own descriptor at the dump signals."""
+    """Have faulthandler write stacks to our own descriptor when a dump signal arrives."""
     # A thread that runs on, because the main thread has released the interpreter lock, changes the
     # frames that a dump of all threads reads: of 280 kernels near their memory limit, three ended
     # with SIGSEGV in it.

@@ -128,9 +128,9 @@ class Server:
         LINE.pack_into(self.line, 0, line)
 
     def serve(self, channel):
-        """Answer the runner until it closes the channel; return an exit status.
+        """Handle the runner's messages until it closes the channel; return the exit status.
 
-        Never returns in a process that runs cells.
+        Cells run in forks, and a fork exits without returning from this call.
         """
         while True:
             data = channel.recv(MESSAGE_BYTES)

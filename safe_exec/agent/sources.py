@@ -43,10 +43,10 @@ def map_cell(cell, code):
 
 
 def map_body(cell, code):
-    """Return the line map of code that a cell magic made from its body; ``None`` for another text.
+    """Return the line map of code that a cell magic made from its body; ``None`` for other code.
 
-    At least half of the code's lines must be lines of the body, or they must include all of its
-    lines.
+    Code is taken to be made from the body if at least half of its lines are lines of the body, or
+    if it contains every line of the body.
     """
     lines = cell.splitlines()
     start = next((number for number, line in enumerate(lines) if line.strip()), 0)

@@ -1,4 +1,7 @@
-"""List the reports of a batch, and write them. A new report is added to ``BATCH_REPORTS``."""
+"""List the reports of a batch, and write them. A new report is added to ``BATCH_REPORTS``.
+
+Reports for one CI system are listed in ``batch.ci``.
+"""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ def _of_shard(
 
 
 def _template(options: JobOptions, jobs: int) -> Job:
-    """Return the job of every notebook, except for its paths."""
+    """Return the job that every notebook of the batch starts from; it has no paths yet."""
     # Host capabilities are detected once. Each of the parallel notebooks gets its share of memory.
     cwd = options.cwd.absolute() if options.cwd is not None else None
     # Lenient: among many notebooks some have no cell with a given tag.

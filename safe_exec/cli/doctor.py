@@ -218,7 +218,7 @@ def _rows(plan: SpawnPlan) -> list[tuple[str, ...]]:
 
 
 def facts(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
-    """Yield further facts, each with its label."""
+    """Yield what else ``doctor`` says about this machine: pairs of label and text."""
     groups = _groups(diagnosis.machine)
     if groups:
         yield "groups", groups

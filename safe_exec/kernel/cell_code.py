@@ -22,10 +22,10 @@ IDENTITY = [[1, 1]]
 
 
 class Source(Struct, frozen=True, kw_only=True):
-    """Code of a cell; ``cell`` is the agent's number.
+    """Code that was compiled from a cell; ``cell`` is the number that the agent gave the cell.
 
-    ``line_map`` is as in ``agent.sources``. ``functions`` are name, first and last line of each
-    code object; ``None`` if the file name alone identifies the code.
+    ``line_map`` is as in ``agent.sources``. ``functions`` lists the code objects, each as its name,
+    first line and last line; ``None`` if the file name alone identifies the code.
     """
 
     cell: int

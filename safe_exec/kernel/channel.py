@@ -305,7 +305,7 @@ def _cost(part: bytes) -> int:
 
 
 def _cost_of_structure(part: bytes) -> int:
-    """Return the bound of ``_cost``, but count the characters inside strings as text only."""
+    """Return a closer bound than ``_cost``: commas and brackets in strings cost one byte each."""
     # An HTML or SVG output has many brackets and commas within a text, where they cost one byte.
     plain = part.replace(b"\\\\", b"").replace(b'\\"', b"")
     texts = plain.count(b'"') // 2

@@ -70,7 +70,7 @@ def demand_command(cmd: Sequence[str], env: Mapping[str, str], cwd: str) -> None
 
 
 class standard_streams:  # noqa: N801 - used as a function
-    """Descriptors for a process's stdout and stderr, from the arguments of subprocess.Popen.
+    """Opens a process's stdout and stderr, given in the forms that subprocess.Popen takes.
 
     A context manager: ``descriptors`` are open within it, and ``readers()`` returns our ends of the
     pipes.

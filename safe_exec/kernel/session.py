@@ -369,8 +369,8 @@ class KernelSession:
         page = self.page
         return self.agent_facts.residue(page.unread if page is not None else lambda _name: 0)
 
-    def unsent_text(self, number: int) -> str:
-        """Return a cell's stderr from the agent's journal, sent or not."""
+    def journal_stderr(self, number: int) -> str:
+        """Return a cell's stderr from the agent's journal, including text that was not sent yet."""
         # ipykernel sends text every 0.2 s, so a thread's last words may not have been sent.
         page = self.page
         records = page.journal(number) if page is not None and number else ()

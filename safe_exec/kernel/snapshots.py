@@ -63,7 +63,10 @@ class KernelSnapshots:
         return KernelSnapshots(self._settings["watch"], self._settings["except"])
 
     def begin(self, facts: socket.socket, spare: Callable[[int | None], None]) -> None:
-        """Hand the channel over to the agent; ``spare`` is called with the pid of each copy."""
+        """Send the agent its end of a new channel for copies, through the socket ``facts``.
+
+        ``spare`` is called with the pid of each copy that arrives.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             ours.send(json.dumps(self._settings).encode())

@@ -35,7 +35,7 @@ METAVARS = {
 
 
 class LimitSpec(NamedTuple):
-    """One limit."""
+    """The definition of one limit: its name, its syntax, and where it may be set."""
 
     # The key in files and in the verdict.
     name: str

@@ -27,7 +27,7 @@ _TAGS = frozenset(
 
 
 class Value(Struct, frozen=True, kw_only=True):
-    """One value of a file."""
+    """A value in a YAML file, with its location."""
 
     data: bool | str | tuple[Value, ...] | Mapping[str, Value] | None
     # ``FILE:LINE``, from line 1. A value in a mapping has the line of its key.

@@ -158,7 +158,7 @@ class Isolation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Wall(StrEnum):
-    """The walls that isolation may set up.
+    """The walls of isolation: each keeps a notebook away from one thing outside.
 
     The verdict names the enforcement of each requested one.
     """

@@ -389,9 +389,10 @@ def _split(parts: list[str]) -> Iterator[list[str] | _Whole]:
 
 
 def _divided(part: str) -> list[str]:
-    """Return the lines of a part.
+    """Return the pieces of a part that are encoded one by one.
 
-    A plain part is divided into first line, middle block, and rest.
+    A plain part (see ``_is_plain``) gives its first line, a ``_Block`` of whole lines, and the
+    rest; any other part gives its lines.
     """
     if not _is_plain(part):
         return part.splitlines(keepends=True)

@@ -306,7 +306,9 @@ class CellLoop:
             # An interrupt has workers and threads print tracebacks that say nothing about the hang.
             cells = enumerate(self.request.node.cells[: index + 1])
             late = dict(self.session.late_text.by_cell)
-            late[index] = late.get(index, "") + self.session.unsent_text(self.state.number(index))
+            late[index] = late.get(index, "") + self.session.journal_stderr(
+                self.state.number(index)
+            )
             self.state.printed = printed_traceback(cells, late)
             self.state.stderr_in_time = stderr_tail(self.request.node.cells[index], late[index])
 

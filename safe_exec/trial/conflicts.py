@@ -141,7 +141,7 @@ class Reach:
         self._tops = tops | dict.fromkeys(facts.hidden, Access.HIDDEN)
 
     def to(self, path: str) -> Access:
-        """Return the access to an absolute path without links."""
+        """Return the kernel's access to a path that is absolute and has its links resolved."""
         # POSIX keeps two leading slashes apart (so does realpath(3)), and dirname("//") is "//".
         path = f"/{path.lstrip('/')}"
         # "/" is always in the table, so the loop ends.

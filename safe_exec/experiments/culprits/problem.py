@@ -74,8 +74,8 @@ class SearchedRun(Struct, frozen=True, kw_only=True):
         """State the search problem, without any trial.
 
         ``budget`` is in seconds. ``recognition_seconds`` is how long a trial takes to recognise a
-        hang, ``None`` if it runs to the end. ``stops_at_errors``: a run that lacks a name which the
-        crash had read cannot fail the same way.
+        hang, ``None`` if it runs to the end. ``stops_at_errors``: an error in a cell ends the run.
+        So a run that lacks a name which the crash had read cannot fail the same way.
         """
         index_of = dict(enumerate(self.order))
         crash = len(self.order) - 1

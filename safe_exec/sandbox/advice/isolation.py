@@ -1,4 +1,4 @@
-"""Explains each weakly enforced wall on this host and lists commands that fix it. Pure."""
+"""Says why walls (``model.limits.Wall``) are weak here, and which commands fix it. Pure."""
 
 from __future__ import annotations
 

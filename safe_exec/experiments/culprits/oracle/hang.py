@@ -29,9 +29,9 @@ HANGS = frozenset({CauseKind.CELL_TIMEOUT, CauseKind.UNRESPONSIVE, CauseKind.STD
 class HangPicture(Struct, frozen=True, kw_only=True):
     """The picture of a hang; two hangs with equal pictures are taken for the same one.
 
-    ``statement`` is the text of the top-level statement of the crash cell that runs. ``innermost``
-    is the function of the innermost frame and its file, or the text of its line in a cell; ``None``
-    for a loop in Python, whose lines change all the time.
+    ``statement`` is the text of the top-level statement that the crash cell is running.
+    ``innermost`` describes the innermost frame: its function, and the text of its line if it is in
+    a cell, else its file. It is ``None`` for a loop in Python, whose lines change all the time.
     """
 
     activity: Activity | None

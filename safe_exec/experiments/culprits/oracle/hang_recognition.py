@@ -1,7 +1,7 @@
-"""Compares a running trial with the picture of the known hang.
+"""Compares a running trial with the known hang (``hang.HangPicture``).
 
-A cell that is only slow may show the same picture. So a trial goes on after its hang was
-recognised, if the machine has room for it beside the next one (``hang_runs.py``).
+A cell that is only slow may look the same. So a trial whose hang was recognised runs on beside the
+next trial, if the machine has room for both (``hang_runs.py``).
 """
 
 from __future__ import annotations
