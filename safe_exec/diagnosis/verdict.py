@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from safe_exec._version import __version__
 from safe_exec.diagnosis.memory_use import memory_use
+from safe_exec.diagnosis.missed_peak import is_lower_bound, missed_peak_warning
 from safe_exec.diagnosis.rules import Context, find_cause
 from safe_exec.diagnosis.rules.crashes import KINDS
 from safe_exec.diagnosis.rules.isolation import unexplained
@@ -178,6 +179,7 @@ def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict
             processes_peak=evidence.processes_peak,
             output_bytes=evidence.output_bytes,
             memory_upper_bound=evidence.memory_upper_bound,
+            memory_lower_bound=is_lower_bound(evidence, cause),
         ),
         environment=_environment(result, plan),
         stderr_tail=evidence.stderr_tail[-STDERR_TAIL:],
@@ -186,6 +188,7 @@ def build_verdict(run: RunInfo, result: TrialResult, plan: SpawnPlan) -> Verdict
             *_attempt_warnings(run, STATUS_OF[type(result.ending)]),
             *run.warnings,
             *result.warnings,
+            *missed_peak_warning(evidence, run.limits.memory, cause),
             *unexplained(context, cause),
             *_reasons(result.ending),
             *_not_known(run.kernel_name, result),

@@ -52,11 +52,15 @@ class ChildEnds(NamedTuple):
 
 
 class KernelEnding(NamedTuple):
-    """The kernel's ending, as the init reported it."""
+    """The kernel's ending, as the init reported it.
+
+    ``orphans_peak`` is 0 if the init reaped no orphan.
+    """
 
     status: int
     cpu_seconds: float
     resident_peak: int | None
+    orphans_peak: int
     caught_signals: int | None
 
 
@@ -203,7 +207,11 @@ class Bubblewrap:
                 return None
             if pid == self.init_pid and "status" in message:
                 return KernelEnding(
-                    message["status"], message["cpu"], message["resident"], message["caught"]
+                    message["status"],
+                    message["cpu"],
+                    message["resident"],
+                    message["orphans"],
+                    message["caught"],
                 )
         return None
 

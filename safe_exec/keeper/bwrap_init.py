@@ -104,6 +104,7 @@ def _reap(pid: int, status: socket.socket, *, restores: bool) -> None:
     All others inside die with this process. With ``restores`` the keeper then names the process
     that is the kernel from now on.
     """
+    orphans_peak = 0
     while True:
         try:
             # Look first and reap afterwards: only a zombie still shows which signals it caught.
@@ -115,13 +116,15 @@ def _reap(pid: int, status: socket.socket, *, restores: bool) -> None:
         if reaped == pid:
             cpu = usage.ru_utime + usage.ru_stime
             resident = usage.ru_maxrss * 1024
-            ending = b'{"status":%d,"cpu":%.6f,"resident":%d,"caught":%b}'
-            status.send(ending % (raw, cpu, resident, caught))
+            ending = b'{"status":%d,"cpu":%.6f,"resident":%d,"orphans":%d,"caught":%b}'
+            status.send(ending % (raw, cpu, resident, orphans_peak, caught))
             successor = status.recv(MESSAGE_BYTES) if restores else b""
             if not successor:
                 return
             # It may have ended meanwhile; then it is a zombie, and reaped below.
             pid = int(successor)
+        else:
+            orphans_peak = max(orphans_peak, usage.ru_maxrss * 1024)
 
 
 def _caught_signals(pid: int) -> bytes:

@@ -84,6 +84,7 @@ class Keeper:
         self.spared: int | None = None
         self.spared_reasons: tuple[str, ...] = ()
         self.caught_signals: int | None = None
+        self.orphans_peak = 0
         self.reason: str | None = None
         self.crash_output = CrashOutput(self.send_fault, self.send_dying)
         self.dumped_share = self.checked_share = 0.0
@@ -294,6 +295,7 @@ class Keeper:
         ending = self.bubblewrap.kernel_ending()
         if ending is not None and not self.exited:
             self.caught_signals = ending.caught_signals
+            self.orphans_peak = max(self.orphans_peak, ending.orphans_peak)
             self.report_exit(ending.status, ending.cpu_seconds, ending.resident_peak)
 
     def serve(self) -> bool:
@@ -523,6 +525,8 @@ class Keeper:
                 # If the init was killed, nobody read the kernel's status.
                 if not self.exited:
                     self.report_exit(None, None, None)
+            else:
+                self.orphans_peak = max(self.orphans_peak, usage.ru_maxrss * 1024)
 
     def note_signal_handlers(self) -> None:
         """Record which signals the kernel caught at its end, while its zombie still shows them."""
@@ -546,6 +550,7 @@ class Keeper:
                 reason=self.reason,
                 cpu_seconds=cpu_seconds,
                 resident_peak=resident_peak,
+                orphans_peak=self.orphans_peak or None,
                 counters={path: cgroupfs.read(path) for path in self.cgroup.counter_files},
                 fault_text=output.fault_text.decode("utf-8", "replace"),
                 fault=output.process_at_fault,

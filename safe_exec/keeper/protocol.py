@@ -325,7 +325,8 @@ class Exited(NamedTuple):
 
     ``status`` is the raw wait status, ``None`` if nobody could read it. ``caught_signals`` is a
     mask as in /proc (SigCgt). ``resident_peak`` is the largest resident memory in bytes of the
-    process or of a child that it waited for. ``bursts`` are the last pieces of text on its stderr,
+    process or of a child that it waited for, ``orphans_peak`` that of an adopted process, ``None``
+    if none has ended. ``bursts`` are the last pieces of text on its stderr,
     each with its time.
     """
 
@@ -334,6 +335,7 @@ class Exited(NamedTuple):
     reason: str | None
     cpu_seconds: float | None
     resident_peak: int | None
+    orphans_peak: int | None
     counters: dict[str, str | None]
     fault_text: str
     fault: ProcessAtFault | None

@@ -331,6 +331,20 @@ class OwnAction(Struct, frozen=True, kw_only=True):
     child: bool = False
 
 
+class MissedPeak(Struct, frozen=True, kw_only=True):
+    """Memory that a process had between two checks of the watchdog, in bytes.
+
+    ``process`` is the largest resident memory of one process, ``seen`` the most that a check saw of
+    one. All processes together may have had ``possible``. ``interval`` are the seconds between the
+    two checks that were furthest apart.
+    """
+
+    process: int
+    seen: int
+    possible: int
+    interval: float
+
+
 class Evidence(Struct, frozen=True, kw_only=True):
     """All observations of one trial that may bear on its cause. No opinions.
 
@@ -360,7 +374,10 @@ class Evidence(Struct, frozen=True, kw_only=True):
     memory_kernel: int | None = None
     # Pages that several processes share may be counted more than once.
     memory_upper_bound: bool = False
+    memory_missed: MissedPeak | None = None
     processes_at_timeout: ProcessCount | None = None
+    # Runnable threads of the notebook, if they left too little processor time for an observation.
+    crowd_at_timeout: int | None = None
     processes_peak: int | None = None
     cpu_seconds: float | None = None
     kernel_cpu_seconds: float | None = None

@@ -320,6 +320,9 @@ class Usage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     # Some processes could not be inspected. Pages that they share with others are counted for each
     # process, so all memory figures are upper bounds.
     memory_upper_bound: bool = False
+    # A process may have been larger for a moment than any check saw it, so that the memory passed
+    # its limit: ``memory_peak`` is a lower bound.
+    memory_lower_bound: bool = False
 
 
 class NotebookInfo(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -28,7 +28,7 @@ OPTIONAL: Mapping[str, frozenset[str]] = {
     "Isolation": frozenset({"repository", "show"}),
     "Culprits": frozenset({"endings", "recognised", "forked", "fork_note", "disagreements"}),
     "CellRecord": frozenset({"reason"}),
-    "Usage": frozenset({"memory_upper_bound"}),
+    "Usage": frozenset({"memory_upper_bound", "memory_lower_bound"}),
 }
 """Keys that verdicts of earlier versions lack. All others are always written."""
 

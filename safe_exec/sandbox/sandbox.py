@@ -75,7 +75,7 @@ class KernelExit(Struct, frozen=True, kw_only=True):
     ``status`` is ``None`` if the keeper was killed before it could read it. ``at`` and ``fault_at``
     (when the fault handler began to report) are monotonic times. ``cpu_seconds`` covers the kernel
     process and the children it waited for; ``resident_peak`` is the largest resident memory of one
-    of them, in bytes. ``bursts`` are the last pieces of text on stderr, each with its time.
+    of them, in bytes; ``orphans_peak`` that of an adopted process. ``bursts`` are the last pieces of text on stderr, each with its time.
     """
 
     status: ExitStatus | None
@@ -83,6 +83,7 @@ class KernelExit(Struct, frozen=True, kw_only=True):
     at: float = 0.0
     cpu_seconds: float | None = None
     resident_peak: int | None = None
+    orphans_peak: int | None = None
     counters: Counters = field(default_factory=Counters)
     fault: str = ""
     stack_bytes: int | None = None
@@ -487,6 +488,7 @@ def _kernel_exit(message: protocol.Exited, counters: Counters) -> KernelExit:
         at=message.at,
         cpu_seconds=message.cpu_seconds,
         resident_peak=message.resident_peak,
+        orphans_peak=message.orphans_peak,
         counters=counters,
         fault=message.fault_text,
         stack_bytes=fault.stack_bytes if fault is not None else None,

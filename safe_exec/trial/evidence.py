@@ -17,11 +17,12 @@ from safe_exec.kernel.allocation_file import Recording
 from safe_exec.kernel.fault_report import parse_fault
 from safe_exec.kernel.native_stack import native_frames, with_innermost
 from safe_exec.model.ending import CellFailed, Ending, TimedOut
-from safe_exec.model.evidence import CellLocation, Evidence, FaultReport, Frame
+from safe_exec.model.evidence import CellLocation, Evidence, FaultReport, Frame, MissedPeak
 from safe_exec.sandbox.mechanisms.watchdog import Peaks
 from safe_exec.trial import own_process
 from safe_exec.trial.crash_site import crash_site, recent_text
 from safe_exec.trial.final_output import final_output
+from safe_exec.trial.missed_peak import missed_peak
 from safe_exec.trial.refusals import isolation_conflicts, raised_by
 from safe_exec.trial.request import TrialResult
 
@@ -98,7 +99,9 @@ def collect_evidence(state: TrialState, ending: Ending) -> tuple[Evidence, CellL
         memory_children=_children_memory(state),
         memory_kernel=ended.resident_peak if ended else None,
         memory_upper_bound=metrics.upper_bound or _watched(state).upper_bound,
+        memory_missed=_missed_peak(state),
         processes_at_timeout=state.tasks_at_timeout,
+        crowd_at_timeout=state.crowd_at_timeout,
         processes_peak=counters.tasks_peak or _tasks_peak(state),
         cpu_seconds=counters.cpu_seconds if counters.cpu_seconds is not None else metrics.cpu_last,
         kernel_cpu_seconds=ended.cpu_seconds if ended else None,
@@ -238,6 +241,20 @@ def _watched(state: TrialState) -> Peaks:
     """Return the watchdog's peaks; empty without a watchdog."""
     watchdog = state.session.provisioner.watchdog
     return watchdog.peaks if watchdog is not None else Peaks()
+
+
+def _missed_peak(state: TrialState) -> MissedPeak | None:
+    """Return the peak of memory that the watchdog may have missed."""
+    ended = state.session.ended
+    if ended is None:
+        return None
+    waited = [n for n in (ended.resident_peak, ended.orphans_peak) if n is not None]
+    return missed_peak(
+        _watched(state),
+        state.request.limits.memory,
+        max(waited, default=None),
+        state.kernel_resident_peak,
+    )
 
 
 def elsewhere(counters: Counters, limit: int | None) -> bool | None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from safe_exec.errors import IsolationError, KernelMissingError, KernelStartError
+from safe_exec.keeper import procfs
 from safe_exec.keeper.protocol import CleanupResult
 from safe_exec.kernel.coverage_file import lost_rows
 from safe_exec.kernel.session import KernelSession, SessionRequest, was_polite
@@ -377,6 +378,7 @@ class Trial:
         self.state.metrics.counters = self.session.meter.counters()
         with contextlib.suppress(OSError):
             self.state.open_files = len(os.listdir(f"/proc/{self.session.pid}/fd"))
+        self.state.kernel_resident_peak = procfs.status_bytes(self.session.pid, "VmHWM")
         self.state.memory_maps = own_process.memory_maps(self.session.pid)
         if isinstance(ending, CellFailed):
             text = f"{ending.error.ename}: {ending.error.evalue}"

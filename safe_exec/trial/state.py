@@ -52,6 +52,8 @@ class TrialState:
         self.open_files: int | None = None
         self.memory_maps: tuple[int, int] | None = None
         self.tasks_at_timeout: ProcessCount | None = None
+        self.kernel_resident_peak: int | None = None
+        self.crowd_at_timeout: int | None = None
         self.oom_kills_in_time: int | None = None
         self.cell_active: bool | None = None
         self.loop: asyncio.AbstractEventLoop | None = None

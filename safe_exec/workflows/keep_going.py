@@ -142,6 +142,7 @@ def _sum(a: Usage, b: Usage) -> Usage:
         processes_peak=both(a.processes_peak, b.processes_peak, max),
         output_bytes=both(a.output_bytes, b.output_bytes, add),
         memory_upper_bound=a.memory_upper_bound or b.memory_upper_bound,
+        memory_lower_bound=a.memory_lower_bound or b.memory_lower_bound,
     )
 
 

@@ -60,7 +60,8 @@ OBSERVATIONS = frozenset(
         "signals_to_keeper", "disk_free", "open_files", "cell_active", "isolation",
         "conflicts", "volumes",
         "caught_signals", "agent", "overcommit", "died_at", "processes_at_timeout", "changed_limits",
-        "memory_children", "memory_kernel", "memory_upper_bound", "oom_kills_in_time", "oom_kills_earlier", "replaced_by", "kill_command",
+        "memory_children", "memory_kernel", "memory_upper_bound",
+        "memory_missed", "crowd_at_timeout", "oom_kills_in_time", "oom_kills_earlier", "replaced_by", "kill_command",
         "memory_maps", "named_lock",
     }
 )  # fmt: skip

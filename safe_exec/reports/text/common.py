@@ -312,13 +312,15 @@ def _figures(verdict: Verdict) -> list[str]:
     # Limit and use side by side show at a glance whether the limit is too low.
     value = getattr(verdict.usage, used) if used is not None else None
     if used is not None and value is not None:
-        qualifier = at_most(verdict.usage) if used == "memory_peak" else ""
+        qualifier = memory_qualifier(verdict.usage) if used == "memory_peak" else ""
         figures.append(f"{_USED_WORD[used]} {qualifier}{quantity(limit, value)}")
     return [", ".join(figures)]
 
 
-def at_most(usage: Usage) -> str:
-    """Return ``at most``, for memory whose shared pages may have been counted twice, else ""."""
+def memory_qualifier(usage: Usage) -> str:
+    """Return a qualifier for memory that was not measured exactly, else ""."""
+    if usage.memory_lower_bound:
+        return "at least "
     return "at most " if usage.memory_upper_bound else ""
 
 
@@ -328,7 +330,7 @@ def _passed_figures(verdict: Verdict) -> list[str]:
     return [
         f"{count} code cell{'' if count == 1 else 's'}",
         format_seconds(usage.wall_seconds) if usage.wall_seconds is not None else "",
-        f"peak {at_most(usage)}{format_size(usage.memory_peak)}"
+        f"peak {memory_qualifier(usage)}{format_size(usage.memory_peak)}"
         if usage.memory_peak is not None
         else "",
     ]

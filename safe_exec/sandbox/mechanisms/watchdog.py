@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 from msgspec import Struct
@@ -20,6 +21,12 @@ from safe_exec.sandbox.usage.process_tree import ProcessTree, TreeUse
 # its memory limit within the period of 20 ms; docs/limits.md states the result.
 
 PERIOD_SECONDS = 0.02
+# The same while the memory grows so fast that it could pass its limit before the next check. A
+# program that fills its memory and exits holds the most of it for a moment only.
+SHORT_PERIOD_SECONDS = 0.004
+# The fastest growth between so many checks counts: a process that gets no processor for a moment
+# seems to have stopped growing.
+GROWTHS = 10
 # Checking hundreds of processes takes milliseconds. After a check it rests for this multiple of the
 # time that the check took.
 REST_SHARE = 2
@@ -56,13 +63,19 @@ class Peaks(Struct, frozen=True, kw_only=True):
     """The highest figures so far: bytes of memory (if watched) and tasks.
 
     If ``upper_bound`` is set, the true memory may be less. ``children`` are the bytes of processes
-    other than the kernel at the peak, without shared memory.
+    other than the kernel at the peak, without shared memory. ``process`` is the largest resident
+    memory of a single process, pages of files included. ``kernel`` is the last anonymous memory of
+    the kernel process. ``interval`` are the seconds between the two checks that were furthest
+    apart.
     """
 
     memory: int | None = None
     upper_bound: bool = False
     children: int | None = None
     tasks: int | None = None
+    process: int = 0
+    kernel: int | None = None
+    interval: float = 0.0
 
 
 class Watchdog(threading.Thread):
@@ -96,9 +109,13 @@ class Watchdog(threading.Thread):
         self._count_next = 0.0
         # Tells, when a limit is exceeded, whether something of ours was ended first to keep it.
         self.makes_room: Callable[[LimitName], bool] = lambda _name: False
+        self._last_memory: tuple[float, int] | None = None
+        self._growths: deque[float] = deque(maxlen=GROWTHS)
+        self._is_near = False
+        self._last_check: float | None = None
 
     def run(self) -> None:
-        """Check every 20 ms until a limit is exceeded."""
+        """Check every 20 ms until a limit is exceeded, and more often while memory is about to."""
         pause, ended = PERIOD_SECONDS, time.monotonic()
         while not self._stop_event.wait(pause):
             check_start = time.monotonic()
@@ -108,7 +125,8 @@ class Watchdog(threading.Thread):
             if self.check():
                 return
             ended = time.monotonic()
-            pause = max(PERIOD_SECONDS, REST_SHARE * (ended - check_start))
+            period = SHORT_PERIOD_SECONDS if self._is_near else PERIOD_SECONDS
+            pause = max(period, REST_SHARE * (ended - check_start))
 
     def check(self, *, last: bool = False) -> bool:
         """Check now; true if a limit was exceeded. The ``last`` check always counts exactly."""
@@ -116,7 +134,8 @@ class Watchdog(threading.Thread):
             if self._passed or self._stop_event.is_set():
                 return self._passed
             use = self.tree.read()
-            self.peaks = replace(self.peaks, tasks=max(use.tasks, self.peaks.tasks or 0))
+            self._is_near = self._grows_past(use)
+            self._note(use)
             for name, used in self._figures(use, last=last):
                 allowed = self._limits.of(name)
                 if name in self._names and allowed is not None and used > allowed:
@@ -133,10 +152,25 @@ class Watchdog(threading.Thread):
     def _refuses_more(self, tasks: int) -> bool:
         return self._refuse_more is not None and self._refuse_more(tasks)
 
+    def _note(self, use: TreeUse) -> None:
+        """Record the figures of a check that are compared with no limit."""
+        now, peaks = time.monotonic(), self.peaks
+        since_last = 0.0 if self._last_check is None else now - self._last_check
+        self._last_check = now
+        self.peaks = replace(
+            peaks,
+            tasks=max(use.tasks, peaks.tasks or 0),
+            process=max(use.largest, peaks.process),
+            kernel=peaks.kernel if use.kernel_memory is None else use.kernel_memory,
+            interval=max(since_last, peaks.interval),
+        )
+
     def judge(self, use: TreeUse) -> None:
         """Compare the memory limit with a reading of the processes that the caller has taken."""
         # A peak of a few milliseconds falls between two checks, above all on a busy machine. Only
         # the lower bound counts: no page in it is counted twice.
+        with self._looking:
+            self.peaks = replace(self.peaks, process=max(use.largest, self.peaks.process))
         allowed = self._limits.memory
         if allowed is None or LimitName.MEMORY not in self._names or use.least <= allowed:
             return
@@ -158,6 +192,18 @@ class Watchdog(threading.Thread):
         if self.is_alive() and threading.current_thread() is not self:
             self.join()
 
+    def _grows_past(self, use: TreeUse) -> bool:
+        """Whether memory may pass its limit within two periods, by its growth so far."""
+        allowed, last, now = self._limits.memory, self._last_memory, time.monotonic()
+        if allowed is None or LimitName.MEMORY not in self._names:
+            return False
+        self._last_memory = (now, use.most)
+        if last is not None:
+            seconds = max(now - last[0], SHORT_PERIOD_SECONDS)
+            self._growths.append(max(0.0, (use.most - last[1]) / seconds))
+        growth = max(self._growths, default=0.0)
+        return growth > 0 and use.most + 2 * PERIOD_SECONDS * growth > allowed
+
     def _figures(self, use: TreeUse, *, last: bool) -> tuple[tuple[LimitName, float], ...]:
         return (
             (LimitName.MEMORY, self._memory(use, last=last)),
@@ -177,7 +223,8 @@ class Watchdog(threading.Thread):
             memory = use.least
             if last or time.monotonic() >= self._count_next:
                 count = self.tree.count()
-                memory, is_upper_bound = count.at_least, count.upper_bound
+                # A process may have ended during the count. What was seen of it before still counts.
+                memory, is_upper_bound = max(use.least, count.at_least), count.upper_bound
                 pause = max(
                     COUNT_REST_SHARE * count.seconds, (allowed - memory) / FASTEST_BYTES_PER_SECOND
                 )

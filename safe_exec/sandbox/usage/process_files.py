@@ -22,6 +22,19 @@ KCMP_VM = 1
 MOST_BYTES = 8192
 
 
+# Where the addresses of code and stack stand behind the command's name in ``stat``. Linux draws
+# both anew at each execve(2), and a fork keeps them. Without the right to trace the process, and
+# for a zombie, the second one is 0.
+CODE_FIELD, STACK_FIELD = 23, 25
+
+
+def _image(fields: list[bytes]) -> tuple[bytes, bytes] | None:
+    """Return what identifies the execution that made an address space, ``None`` if unreadable."""
+    if len(fields) <= STACK_FIELD or fields[STACK_FIELD] == b"0":
+        return None
+    return fields[CODE_FIELD], fields[STACK_FIELD]
+
+
 def _path(pid: int, task: int, name: str) -> str:
     return f"{pid}/task/{task}/{name}" if task else f"{pid}/{name}"
 
@@ -32,6 +45,7 @@ class Member(Struct, frozen=True, kw_only=True):
     ``started`` is in clock ticks since boot; ``cpu`` and ``cpu_waited`` (of children that it has
     waited for) are in seconds, all memory in bytes. ``shmem`` is shared memory that is not a file
     on a disk. ``task`` is the thread through which its memory is read, if not the first one.
+    ``image`` identifies the execution (execve(2)) that made the address space, ``None`` if unknown.
     """
 
     pid: int
@@ -46,6 +60,12 @@ class Member(Struct, frozen=True, kw_only=True):
     shared: int = 0
     anonymous: int = 0
     shmem: int = 0
+    image: tuple[bytes, bytes] | None = None
+
+    @property
+    def resident(self) -> int:
+        """The resident memory in bytes, pages of files included."""
+        return self.shared + self.anonymous
 
     @property
     def key(self) -> tuple[int, int]:
@@ -112,6 +132,7 @@ class ProcessFiles:
             shared=shared,
             anonymous=max(0, resident - shared),
             shmem=self._shared_memory(pid, started, task, shared) if shared else 0,
+            image=_image(fields),
         )
 
     def _live_task(self, pid: int) -> int:

@@ -47,7 +47,8 @@ class TreeUse(Struct, frozen=True, kw_only=True):
     ``memory`` counts shared pages once, by the last count; ``least`` and ``most`` are its bounds.
     If ``upper_bound`` is set, some processes could not be inspected, and the true memory may be
     less. ``shared_memory`` are files in memory, ``kernel_memory`` is the anonymous memory of the
-    kernel process; the rest belongs to its children.
+    kernel process; the rest belongs to its children. ``largest`` is the resident memory of the
+    largest process, pages of files included.
     """
 
     memory: int
@@ -58,6 +59,7 @@ class TreeUse(Struct, frozen=True, kw_only=True):
     upper_bound: bool = False
     shared_memory: int = 0
     kernel_memory: int | None = None
+    largest: int = 0
 
     @property
     def children_memory(self) -> int | None:
@@ -165,6 +167,7 @@ class ProcessTree:
             most=most,
             shared_memory=max((self._open_files, *(member.shmem for member in members))),
             kernel_memory=kernel.anonymous if kernel is not None else None,
+            largest=max((member.resident for member in members), default=0),
         )
         if most - least <= SMALL or not self._counts_shared:
             # One process has nearly all of the memory, so little can be counted twice.

@@ -43,8 +43,17 @@ class SharedCount(Struct, frozen=True, kw_only=True):
 
 def lower_bound(members: Sequence[Member], open_files: int) -> int:
     """Return a lower bound of the processes' memory: they share as many pages as possible."""
+    # Anonymous pages are shared through forks alone: a program that was executed since then has
+    # none in common with its parent. A process that cannot be inspected may be a fork of any other.
     shared = max((open_files, *(member.shmem for member in members)))
-    return shared + max((member.anonymous for member in members), default=0)
+    largest: dict[tuple[bytes, bytes], int] = {}
+    unknown = 0
+    for member in members:
+        if member.image is None:
+            unknown = max(unknown, member.anonymous)
+        else:
+            largest[member.image] = max(largest.get(member.image, 0), member.anonymous)
+    return shared + max(unknown, sum(largest.values()))
 
 
 def upper_bound(members: Sequence[Member], open_files: int) -> int:

@@ -144,13 +144,13 @@ def test_nobody_but_the_init_says_how_the_kernel_ended(inner: Bubblewrap) -> Non
     inner.init_pid = os.getpid()
     inner.status.setblocking(False)
     assert inner.kernel_ending() is None
-    speak_as_another(inner, {"status": 0, "cpu": 0, "resident": 0, "caught": None})
+    speak_as_another(inner, {"status": 0, "cpu": 0, "resident": 0, "orphans": 0, "caught": None})
     assert inner.kernel_ending() is None
     speak(inner, "rubbish")
     speak(inner, {"who": "init"})
-    speak(inner, {"status": 9, "cpu": 1.5, "resident": 4096, "caught": 7})
+    speak(inner, {"status": 9, "cpu": 1.5, "resident": 4096, "orphans": 8192, "caught": 7})
     assert inner.kernel_ending() == KernelEnding(
-        status=9, cpu_seconds=1.5, resident_peak=4096, caught_signals=7
+        status=9, cpu_seconds=1.5, resident_peak=4096, orphans_peak=8192, caught_signals=7
     )
     assert not inner.is_closed
     inner._init_end.shutdown(socket.SHUT_WR)

@@ -65,6 +65,7 @@ EXITED = protocol.Exited(
     reason="memory",
     cpu_seconds=None,
     resident_peak=None,
+    orphans_peak=5 << 20,
     counters={"/g/run/memory.events": None, "/g/run/memory.peak": "5"},
     fault_text="Fatal Python error",
     fault=ProcessAtFault(

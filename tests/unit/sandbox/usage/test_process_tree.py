@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_exec.model.limits import LimitName, Limits
-from safe_exec.sandbox.mechanisms.watchdog import Watchdog
+from safe_exec.sandbox.mechanisms import watchdog as watchdog_module
+from safe_exec.sandbox.mechanisms.watchdog import PERIOD_SECONDS, Watchdog
 from safe_exec.sandbox.usage.process_files import PAGE, Member, ProcessFiles
-from safe_exec.sandbox.usage.process_tree import ProcessTree
+from safe_exec.sandbox.usage.process_tree import ProcessTree, TreeUse
 from safe_exec.sandbox.usage.shared_pages import (
     SMALL,
     SharedCount,
@@ -40,7 +41,10 @@ ENDED = ("Z", "X", "R, and its memory is gone")
 
 @dataclass
 class Process:
-    """A process of the made-up /proc; sizes in MiB. ``share``: its part of anonymous memory, an error where it cannot be read."""
+    """A process of the made-up /proc; sizes in MiB. ``share``: its part of anonymous memory, an error where it cannot be read.
+
+    ``image``: the address of its stack, which an execution draws anew and a fork keeps; 0 where it may not be read.
+    """
 
     parent: int
     anonymous: int = 40
@@ -53,6 +57,7 @@ class Process:
     ticks: int = 0
     waited_ticks: int = 0
     name: str = "python3"
+    image: int = 0
     others: dict[int, int] = field(default_factory=dict)
 
     def pages(self, size: int) -> int:
@@ -89,7 +94,7 @@ class MadeUp(ProcessFiles):
     @staticmethod
     def _stat(p: Process) -> bytes:
         cpu = f"{p.ticks} 0 {p.waited_ticks} 0"
-        return f"1 ({p.name}) {p.state[0]} {p.parent} 1 1 0 -1 0 0 0 0 0 {cpu} 20 0 {p.threads} 0 {p.started} 0 0".encode()
+        return f"1 ({p.name}) {p.state[0]} {p.parent} 1 1 0 -1 0 0 0 0 0 {cpu} 20 0 {p.threads} 0 {p.started} 0 0 0 4096 0 {p.image}".encode()
 
     @staticmethod
     def _statm(p: Process) -> bytes:
@@ -140,6 +145,45 @@ def test_pages_of_a_pool_count_once() -> None:
         13,
     )
     assert not use.upper_bound and use.kernel_memory == 90 * MIB
+
+
+def test_programs_that_were_executed_share_no_pages_and_add_up_at_once() -> None:
+    files = MadeUp(pool(0, anonymous=60))
+    files.processes[KERNEL].image = 7
+    files.processes |= {
+        200: Process(KERNEL, anonymous=55, image=7),  # a fork of the kernel
+        201: Process(KERNEL, anonymous=128, image=8),
+        202: Process(201, anonymous=100, image=8),  # a fork of that program
+        203: Process(KERNEL, anonymous=50),  # may be a fork of any
+    }
+    assert tree_of(files).read().least == (60 + 128) * MIB
+    files.processes[203].anonymous = 300
+    assert tree_of(files).read().least == 300 * MIB
+
+
+def test_a_real_child_has_the_image_of_its_parent_until_it_executes_a_program() -> None:
+    files = ProcessFiles()
+    own = files.measure(os.getpid())
+    assert own is not None and own.image is not None
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.read(reader, 1)
+        os.execv(sys.executable, [sys.executable, "-c", "input()"])
+    try:
+        forked = files.measure(pid)
+        assert forked is not None and forked.image == own.image
+        os.write(writer, b"g")
+        wait_until(
+            lambda: (child := files.measure(pid)) is not None and child.image != own.image,
+            30,
+            "the child executes",
+        )
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(reader)
+        os.close(writer)
 
 
 def test_where_nothing_can_be_shared_no_page_table_is_walked() -> None:
@@ -352,6 +396,43 @@ def test_one_process_past_the_limit_is_enough() -> None:
     watchdog, passed = watched(files, memory=512 * MIB)
     assert watchdog.check() and watchdog.check()
     assert [name for name, _ in passed] == [LimitName.MEMORY]
+
+
+def test_a_program_that_was_executed_needs_no_count_to_pass_the_limit() -> None:
+    """It would have ended before a count of shared pages is done."""
+    files = MadeUp(pool(0, anonymous=60))
+    files.processes[KERNEL].image = 7
+    files.processes[200] = Process(KERNEL, anonymous=100, image=8)
+    watchdog, passed = watched(files, memory=128 * MIB)
+    assert watchdog.check()
+    assert passed == [(LimitName.MEMORY, 160 * MIB)] and files.shares_read == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "near"),
+    [([90, 90], False), ([10, 60], False), ([40, 90], True), ([40, 90, 90], True), ([90], False)],
+    ids=["steady", "far away", "fast", "a pause in fast growth", "first check"],
+)
+def test_checks_come_closer_together_while_memory_may_pass_its_limit(
+    sizes: list[int], near: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments = iter(range(len(sizes) * 10))
+    monkeypatch.setattr(watchdog_module.time, "monotonic", lambda: next(moments) * PERIOD_SECONDS)
+    watchdog, _ = watched(MadeUp(pool(0)), memory=160 * MIB)
+    for size in sizes:
+        is_near = watchdog._grows_past(TreeUse(memory=0, cpu_seconds=0, tasks=1, most=size * MIB))
+    assert is_near is near
+
+
+def test_the_largest_process_is_recorded_with_its_pages_of_files() -> None:
+    files = MadeUp(pool(0, anonymous=60))
+    files.processes[200] = Process(KERNEL, anonymous=100)
+    watchdog, _ = watched(files, memory=1000 * MIB)
+    watchdog.check()
+    del files.processes[200]
+    watchdog.check()
+    assert (watchdog.peaks.process, watchdog.peaks.kernel) == (110 * MIB, 60 * MIB)
+    assert watchdog.peaks.interval > 0
 
 
 def test_a_peak_that_only_another_reader_saw_counts_too() -> None:
