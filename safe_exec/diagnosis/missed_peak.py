@@ -24,7 +24,7 @@ def missed_peak_warning(
     text = (
         f"memory may have passed its limit of {format_size(limit)} for a moment: one process had "
         f"up to {format_size(missed.process)}, pages of files included, and the watchdog saw "
-        f"{format_size(missed.seen)} of them; all processes together may have had "
+        f"{format_size(missed.highest_check)} of them; all processes together may have had "
         f"{format_size(missed.possible)}. Its checks were up to {format_seconds(missed.interval)} "
         "apart; only control groups count every moment (`safe-exec doctor`)"
     )

@@ -334,13 +334,13 @@ class OwnAction(Struct, frozen=True, kw_only=True):
 class MissedPeak(Struct, frozen=True, kw_only=True):
     """Memory that a process had between two checks of the watchdog, in bytes.
 
-    ``process`` is the largest resident memory of one process, ``seen`` the most that a check saw of
-    one. All processes together may have had ``possible``. ``interval`` are the seconds between the
+    ``process`` is the largest resident memory of one process, ``highest_check`` the most that
+    a check saw of one. All processes together may have had ``possible``. ``interval`` are the seconds between the
     two checks that were furthest apart.
     """
 
     process: int
-    seen: int
+    highest_check: int
     possible: int
     interval: float
 

@@ -37,5 +37,5 @@ def missed_peak(
     if possible <= limit:
         return None
     return MissedPeak(
-        process=waited_peak, seen=peaks.process, possible=possible, interval=peaks.interval
+        process=waited_peak, highest_check=peaks.process, possible=possible, interval=peaks.interval
     )

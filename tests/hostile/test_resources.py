@@ -78,6 +78,31 @@ FORKS = "import os\nwhile True:\n    os.fork()"
 SHELL_BOMB = (
     "import subprocess\nsubprocess.run(['sh', '-c', 'b() { b | b & }; b; sleep 3'], check=True)"
 )
+# Where each session has a scheduling group of its own, nice values do not hold them back.
+SESSIONS = """
+import os
+for n in range(100):
+    if os.fork() == 0:
+        os.setsid()
+        while True:
+            pass
+while True:
+    pass
+"""
+SESSIONS_EVERYWHERE = SESSIONS.replace(
+    "            pass\n", "            os.sched_setaffinity(0, range(64))\n"
+)
+DAEMONS = """
+import os
+while True:
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            for _ in range(10_000_000):
+                pass
+        os._exit(0)
+    os.wait()
+"""
 THREADS = "import threading, time\nfor _ in range(10000):\n    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()"
 FILES = "files = []\nwhile True:\n    files.append(open('/dev/null'))"
 PIPES = "import os\npipes = []\nwhile True:\n    pipes.append(os.pipe())"
@@ -172,6 +197,10 @@ ATTACKS = (
            options=("--cell-timeout", "8", "--processes", "40", "--memory", "4G")),
     Attack(name="forks-of-shell", cells=SHELL_BOMB, ends=(*PASSED, *MANY, (S.CELL_ERROR, K.EXCEPTION), *TIME_OUT),
            options=("--cell-timeout", "8")),
+    Attack(name="sessions", cells=("x = 1", SESSIONS), ends=TIME_OUT, cell=1, options=BRIEF, seconds=60),
+    Attack(name="sessions-everywhere", cells=("x = 1", SESSIONS_EVERYWHERE), ends=TIME_OUT, cell=1, who="user", options=BRIEF, seconds=60),
+    Attack(name="daemons", cells=("x = 1", DAEMONS), ends=(*MANY, *TIME_OUT, (S.TIMEOUT, K.TOO_MANY_PROCESSES)), cell=1, who="user",
+           options=BRIEF, seconds=60),
     # The stacks of threads count towards RLIMIT_DATA. Where only that bounds the memory, as for users without control groups,
     # Python may have none left to report the refused thread: it raises a MemoryError, or aborts ("Cannot recover from MemoryErrors").
     Attack(name="threads", cells=("x = 1", THREADS), ends=MANY, cell=1, who="root"),

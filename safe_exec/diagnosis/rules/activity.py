@@ -13,6 +13,8 @@ from safe_exec.model.verdict import Activity
 
 # With less processor time than this, a sampling thread may not have run even once.
 STARVED_SECONDS = 0.1
+# The same as a share of the time that it waited for one.
+STARVED_SHARE = 0.1
 # One or two lines may be stale samples; more show that Python code was running.
 SEEN_PLACES = 2
 # Share of looks at which the main thread had work to do, or processor seconds per second, from
@@ -87,7 +89,12 @@ def is_starved(observation: ActivityObservation) -> bool:
         or observation.window is None
     ):
         return False
-    return observation.cpu_share * observation.window < STARVED_SECONDS
+    # A long window among a crowd: what it got adds up, and is still next to nothing.
+    waited = observation.cpu_wait_share or 0.0
+    return (
+        observation.cpu_share * observation.window < STARVED_SECONDS
+        or observation.cpu_share < STARVED_SHARE * waited
+    )
 
 
 def _is_seen_at_work(observation: ActivityObservation) -> bool:

@@ -31,6 +31,8 @@ def _facts(context: Context) -> tuple[Fact, ...]:
         outside("wall time allowed", ending.allowed, "limits of this run"),
         *hangs.waiting_facts(context, activity_of(observation) if observation else None),
     ]
+    if context.evidence.crowd_at_timeout is not None:
+        facts.append(outside("threads at work", context.evidence.crowd_at_timeout, "/proc"))
     if observation is not None:
         facts += [
             outside("process state", observation.state, "/proc/PID/stat"),
@@ -250,6 +252,12 @@ def timed_out(context: Context) -> Cause | None:
     doing = f"; {hangs.doing_text(context, activity)}" if activity else ""
     if activity is None and observation is not None and is_starved(observation):
         doing = f"; {_starving_text(observation)}"
+    crowd = context.evidence.crowd_at_timeout
+    if crowd is not None:
+        doing = (
+            f"; {crowd} threads of the notebook were at work and left safe-exec hardly any "
+            "processor time, so the kernel was ended without a look at what it was doing"
+        )
     subject = "the notebook" if ending.whole_notebook else context.human(ending.cell)
     summary = (
         f"{subject} ran past its "
@@ -258,7 +266,9 @@ def timed_out(context: Context) -> Cause | None:
     kind = CauseKind.NOTEBOOK_TIMEOUT if ending.whole_notebook else CauseKind.CELL_TIMEOUT
     option = "--timeout" if ending.whole_notebook else "--cell-timeout"
     advice = hangs.advice_text(context, activity)
-    if activity is None and observation is not None and _crowded(observation):
+    if crowd is not None or (
+        activity is None and observation is not None and _crowded(observation)
+    ):
         advice = "Look for a loop that starts processes; end and join those that are done."
     return _timed(
         context,

@@ -154,9 +154,9 @@ class Watchdog(threading.Thread):
 
     def _note(self, use: TreeUse) -> None:
         """Record the figures of a check that are compared with no limit."""
-        now, peaks = time.monotonic(), self.peaks
-        since_last = 0.0 if self._last_check is None else now - self._last_check
-        self._last_check = now
+        moment, peaks = time.monotonic(), self.peaks
+        since_last = 0.0 if self._last_check is None else moment - self._last_check
+        self._last_check = moment
         self.peaks = replace(
             peaks,
             tasks=max(use.tasks, peaks.tasks or 0),
@@ -194,12 +194,12 @@ class Watchdog(threading.Thread):
 
     def _grows_past(self, use: TreeUse) -> bool:
         """Whether memory may pass its limit within two periods, by its growth so far."""
-        allowed, last, now = self._limits.memory, self._last_memory, time.monotonic()
+        allowed, last, moment = self._limits.memory, self._last_memory, time.monotonic()
         if allowed is None or LimitName.MEMORY not in self._names:
             return False
-        self._last_memory = (now, use.most)
+        self._last_memory = (moment, use.most)
         if last is not None:
-            seconds = max(now - last[0], SHORT_PERIOD_SECONDS)
+            seconds = max(moment - last[0], SHORT_PERIOD_SECONDS)
             self._growths.append(max(0.0, (use.most - last[1]) / seconds))
         growth = max(self._growths, default=0.0)
         return growth > 0 and use.most + 2 * PERIOD_SECONDS * growth > allowed

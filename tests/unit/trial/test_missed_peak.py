@@ -12,7 +12,7 @@ from safe_exec.trial.missed_peak import missed_peak
 
 MIB = 1 << 20
 LIMIT = 128 * MIB
-MISSED = MissedPeak(process=130 * MIB, seen=95 * MIB, possible=156 * MIB, interval=0.025)
+MISSED = MissedPeak(process=130 * MIB, highest_check=95 * MIB, possible=156 * MIB, interval=0.025)
 
 
 def peaks(memory: int | None, process: int, kernel: int = 26) -> Peaks:

@@ -115,6 +115,26 @@ TABLE: list[tuple[str, Facts, Activity | None]] = [
         None,
     ),
     (
+        "starved for so long that its turns add up",
+        busy(
+            gil_waits=HELD,
+            starved=True,
+            cpu_share=0.02,
+            runnable=1.0,
+            window=15.0,
+            cpu_wait_share=0.97,
+            lines=1,
+        ),
+        None,
+    ),
+    (
+        "native code that shares its processor",
+        busy(
+            gil_waits=(), starved=True, cpu_share=0.3, runnable=1.0, window=0.4, cpu_wait_share=0.7
+        ),
+        A.NATIVE_CODE,
+    ),
+    (
         "a loop that got little time",
         busy(gil_waits=CROWDED, cpu_share=0.04, runnable=1.0, window=1.2, lines=5),
         A.PYTHON_LOOP,

@@ -531,6 +531,7 @@ TIMES = [
         cell_output_bytes=30 * MIB, cell_output_received=30 * MIB, cell_seconds=60.0, cell_output_age=50.0,
     ),
     late("prints-a-little", K.CELL_TIMEOUT, C.CERTAIN, None, cell_output_bytes=5000, cell_output_received=5000, cell_seconds=3.0, cell_output_age=0.1),
+    late("crowd-of-its-own", K.CELL_TIMEOUT, C.CERTAIN, None, crowd_at_timeout=90),
     late("exec", K.UNRESPONSIVE, C.CERTAIN, None, replaced_by="/bin/sleep 9", observation=SLEEPS),
     late("mute", K.UNRESPONSIVE, C.LIKELY, Activity.WAITING_IO, observation=seen(syscall="epoll_wait"), cell_active=False, cell_seconds=3.0),
     late("not-begun-but-stopped", K.CELL_TIMEOUT, C.CERTAIN, Activity.STOPPED, observation=seen(state="T"), cell_active=False),

@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_exec.model.limits import LimitName, Limits
-from safe_exec.sandbox.mechanisms import watchdog as watchdog_module
 from safe_exec.sandbox.mechanisms.watchdog import PERIOD_SECONDS, Watchdog
 from safe_exec.sandbox.usage.process_files import PAGE, Member, ProcessFiles
 from safe_exec.sandbox.usage.process_tree import ProcessTree, TreeUse
@@ -417,7 +416,7 @@ def test_checks_come_closer_together_while_memory_may_pass_its_limit(
     sizes: list[int], near: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moments = iter(range(len(sizes) * 10))
-    monkeypatch.setattr(watchdog_module.time, "monotonic", lambda: next(moments) * PERIOD_SECONDS)
+    monkeypatch.setattr(time, "monotonic", lambda: next(moments) * PERIOD_SECONDS)
     watchdog, _ = watched(MadeUp(pool(0)), memory=160 * MIB)
     for size in sizes:
         is_near = watchdog._grows_past(TreeUse(memory=0, cpu_seconds=0, tasks=1, most=size * MIB))
