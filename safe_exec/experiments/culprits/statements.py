@@ -87,7 +87,7 @@ def _spans(
     for group in groups:
         start, last = _first_line(group[0]), group[-1].end_lineno or group[-1].lineno
         # The tree ends before a comment behind a backslash, whose line must not be lost.
-        while depth == 0 and last < len(lines) and lines[last - 1].endswith("\\"):
+        while depth == 0 and last < len(lines) and _ends_backslash(lines, last + 1):
             last += 1
         # A block in the line of its header cannot be removed by lines.
         if start < first_free or lines[start - 1][: group[0].col_offset].strip():
@@ -167,6 +167,16 @@ def _is_comment(line: str) -> bool:
     return not line.strip() or line.lstrip().startswith("#")
 
 
+def _ends_backslash(lines: Sequence[str], number: int) -> bool:
+    """Whether Python refuses the lines above ``number`` without it, because of a backslash."""
+    # A backslash joins the next line. If that one is blank, Python wants one more.
+    padded: list[str] = ["", "", *lines[: number - 1]]
+    farther, above = padded[-2], padded[-1]
+    if above.endswith("\\"):
+        return True
+    return not above.strip() and farther.endswith("\\") and _is_comment(lines[number - 1])
+
+
 def remaining_lines(source: str, spans: Sequence[Span], removed: Collection[Span]) -> list[int]:
     """Return the numbers of the lines that remain after the removal of some spans.
 
@@ -179,6 +189,8 @@ def remaining_lines(source: str, spans: Sequence[Span], removed: Collection[Span
     while numbers and not lines[numbers[0] - 1].strip():
         numbers.pop(0)
     while numbers and not lines[numbers[-1] - 1].strip():
+        if _ends_backslash(lines, numbers[-1]):
+            break
         numbers.pop()
     return numbers
 

@@ -110,6 +110,8 @@ def test_what_remains_is_a_part_of_the_users_lines(source: str, data: st.DataObj
 @given(PYTHON)
 @example("a \\\n# why")
 @example("if 1:\n a \\\n# why")
+@example("a \\\n\n# why")
+@example("a \\\n\n\nb")
 def test_without_removals_nothing_is_lost_but_comments(source: str) -> None:
     spans = spans_of(source)
     text = text_of(source, remaining_lines(source, spans, []))
