@@ -177,6 +177,7 @@ class Snapshots:
             try:
                 tell(self.channel, unbranchable=reason)
             except OSError:
+                # The runner has closed the channel, and asks for no copy any more.
                 pass
 
     def is_due(self, moment):
